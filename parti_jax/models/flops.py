@@ -19,21 +19,30 @@ from parti_jax.models import vit_vqgan
 from parti_jax.models import vqgan
 
 
-def encoder_forward(layers: int, width: int, mlp_width: int, length: int) -> int:
+def encoder_forward(
+  layers: int, width: int, mlp_width: int, length: int, mlp_kernels: int = 2
+) -> int:
   """FLOPs of one sequence through an encoder stack."""
-  projections = 2 * length * (4 * width**2 + 2 * width * mlp_width)
+  projections = 2 * length * (4 * width**2 + mlp_kernels * width * mlp_width)
   return layers * (projections + 4 * length**2 * width)
 
 
 def text_encoder_forward(config: parti_config.PartiConfig) -> int:
   """FLOPs of one text through Parti's own text encoder."""
-  return encoder_forward(config.encoder_layers, config.width, config.mlp_width, config.text_length)
+  return encoder_forward(
+    config.encoder_layers, config.width, config.mlp_width, config.text_length, config.mlp_kernels
+  )
+
+
+def image_token_weights(config: parti_config.PartiConfig) -> int:
+  """Number of weights of one decoder layer that each image token is multiplied with."""
+  return 6 * config.width**2 + config.mlp_kernels * config.width * config.mlp_width
 
 
 def token_decoder_forward(config: parti_config.PartiConfig) -> int:
   """FLOPs of one text's features and its image tokens through the image-token decoder."""
   width, text, image = config.width, config.text_length, config.image_length
-  projections = 2 * image * (6 * width**2 + 2 * width * config.mlp_width)
+  projections = 2 * image * image_token_weights(config)
   memory = 2 * text * 2 * width * config.text_width
   attention = 4 * image * (_keys(config) + config.decoder_layers * text) * width
   return config.decoder_layers * (projections + memory) + attention + logits_forward(config)
@@ -53,7 +62,7 @@ def _keys(config: parti_config.PartiConfig) -> int:
 def parti_sampling_step(config: parti_config.PartiConfig) -> int:
   """FLOPs of sampling the last image token of one sequence, with a cache of the previous ones."""
   width = config.width
-  projections = 2 * (6 * width**2 + 2 * width * config.mlp_width)
+  projections = 2 * image_token_weights(config)
   attention = 4 * (_keys(config) + config.decoder_layers * config.text_length) * width
   return config.decoder_layers * projections + attention + 2 * width * config.codebook_size
 

@@ -17,12 +17,23 @@ from parti_jax.models import config_checks
 from parti_jax.models import kinds
 from parti_jax.models import t5_encoder
 from parti_jax.models.nn import attention_patterns as attention_patterns_lib
+from parti_jax.models.nn import block_options
 
 # The behaviour of older versions, for configuration files that lack these fields.
 LEGACY_DEFAULTS = {
   'attention_patterns': ('global',),
   'conv_kernel': 11,
   'text_encoder': None,
+  'norm': 'layer',
+  'mlp': 'gelu',
+  'qk_norm': False,
+  'positions': 'learned',
+}
+# Values of fields that are names.
+_CHOICES = {
+  'norm': tuple(block_options.NORMS),
+  'mlp': tuple(block_options.MLPS),
+  'positions': block_options.POSITIONS,
 }
 # Fields of a text encoder that follow those of the generator, where it has them.
 _SHARED = ('dtype', 'remat', 'unroll')
@@ -142,6 +153,12 @@ class PartiConfig:
       Parti's own. It replaces `text_vocabulary`, `text_length` and `encoder_layers`, and takes over
       `dtype` and, if it has these fields, `remat` and `unroll`. A dict with the class' fields and
       its 'kind' works too.
+    norm: the norm of the decoder and of Parti's own text encoder: 'layer', or 'rms' for RMSNorm.
+    mlp: their MLP: 'gelu', or 'swiglu', which has a third projection, a gate.
+    qk_norm: whether an RMSNorm over head_dim, with a learned scale, follows the projections of
+      queries and keys in all their attention.
+    positions: how the decoder knows rows and columns: 'learned' embeddings of both, or 'rotary_2d',
+      which rotates queries and keys of its self-attention (`nn.rotary.rotate`).
 
   Raises:
     UserError: if `heads` does not divide `width`, or a value is out of range.
@@ -163,6 +180,10 @@ class PartiConfig:
   remat: str = 'everything'
   unroll: int = 1
   text_encoder: TextEncoderConfig | None = None
+  norm: str = 'layer'
+  mlp: str = 'gelu'
+  qk_norm: bool = False
+  positions: str = 'learned'
 
   BOUNDS = {'dropout': (0, 1)}  # 1 is excluded by `config_checks.check_dropout`.
 
@@ -184,6 +205,7 @@ class PartiConfig:
     if self.conv_kernel % 2 == 0:
       raise errors.UserError(f'PartiConfig.conv_kernel={self.conv_kernel} must be odd')
     config_checks.check_dropout(self)
+    self._check_options()
 
   def _set_text_encoder(self) -> None:
     """Makes a config of the text encoder's dict, and unites the fields that it shares with this one.
@@ -208,6 +230,20 @@ class PartiConfig:
     object.__setattr__(self, 'encoder_layers', found.layers)
     object.__setattr__(self, 'text_vocabulary', found.text_vocabulary)
     object.__setattr__(self, 'text_length', found.text_length)
+
+  def _check_options(self) -> None:
+    """Raises UserError unless the options of blocks are known and fit the sizes."""
+    for name, known in _CHOICES.items():
+      value = getattr(self, name)
+      if value not in known:
+        raise errors.UserError(
+          f'PartiConfig.{name}={checks.shown(value)} is not one of {", ".join(known)}'
+        )
+    if self.positions == 'rotary_2d' and self.head_dim % 4:
+      raise errors.UserError(
+        f"PartiConfig.positions='rotary_2d' rotates pairs by rows and by columns, so width / heads "
+        f'must be a multiple of 4; it is {self.head_dim}'
+      )
 
   def _check_patterns(self) -> None:
     """Raises UserError unless all patterns are known and the schedule divides the layers."""
@@ -235,6 +271,26 @@ class PartiConfig:
   def layer_pattern(self, layer: int) -> attention_patterns_lib.AttentionPattern:
     """Returns the attention pattern of a decoder layer."""
     return self.patterns[layer % len(self.attention_patterns)]
+
+  @property
+  def encoder_options(self) -> block_options.BlockOptions:
+    """What the blocks of Parti's own text encoder consist of."""
+    return block_options.BlockOptions(self.norm, self.mlp, self.qk_norm)
+
+  @property
+  def decoder_options(self) -> block_options.BlockOptions:
+    """What the blocks of the image-token decoder consist of."""
+    rotary_grid = self.grid if self.positions == 'rotary_2d' else None
+    return dataclasses.replace(self.encoder_options, rotary_grid=rotary_grid)
+
+  @property
+  def head_dim(self) -> int:
+    return self.width // self.heads
+
+  @property
+  def mlp_kernels(self) -> int:
+    """Number of projections of an MLP, all between `width` and `mlp_width`."""
+    return 3 if self.mlp == 'swiglu' else 2
 
   @property
   def text_width(self) -> int:

@@ -116,23 +116,6 @@ class T5EncoderConfig:
     return self.activation.startswith('gated_')
 
 
-class RMSNorm(nn.Module):
-  """Division by the root mean square in float32, with a scale and without a bias.
-
-  Attributes:
-    dtype: dtype of the output.
-  """
-
-  dtype: jnp.dtype = jnp.float32
-
-  @nn.compact
-  def __call__(self, x: Float[Array, '*places embed']) -> Float[Array, '*places embed']:
-    scale = layers.parameter(self, 'scale', nn.initializers.ones, ('norm',), (x.shape[-1],))
-    x = x.astype(jnp.float32)
-    mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-    return (x * jax.lax.rsqrt(mean_square + EPSILON) * scale).astype(self.dtype)
-
-
 def relative_buckets(length: int, buckets: int, distance: int) -> Int[np.ndarray, 'length length']:
   """Returns the bucket of each key's position relative to each query.
 
@@ -229,9 +212,9 @@ class Block(nn.Module):
   config: T5EncoderConfig
 
   def setup(self):
-    self.attention_norm = RMSNorm(self.config.compute_dtype)
+    self.attention_norm = layers.RMSNorm(self.config.compute_dtype, EPSILON)
     self.attention = Attention(self.config)
-    self.mlp_norm = RMSNorm(self.config.compute_dtype)
+    self.mlp_norm = layers.RMSNorm(self.config.compute_dtype, EPSILON)
     self.mlp = MLP(self.config)
     self.drop = layers.Dropout(self.config.dropout)
 
@@ -263,7 +246,7 @@ class Encoder(nn.Module):
       ('relative_bucket', 'heads'),
       stddev=self.config.width**-0.5,
     )
-    self.norm = RMSNorm(self.config.compute_dtype)
+    self.norm = layers.RMSNorm(self.config.compute_dtype, EPSILON)
 
   @nn.compact
   def __call__(

@@ -39,6 +39,7 @@ class TextEncoder(nn.Module):
       config.compute_dtype,
       config.remat,
       config.unroll,
+      config.encoder_options,
     )
     self.drop = layers.Dropout(config.dropout)
 

@@ -33,8 +33,9 @@ class TokenDecoder(nn.Module):
     self.begin = layers.parameter(
       self, 'begin', nn.initializers.normal(0.02), ('norm',), (config.width,)
     )
-    self.row_embedding = layers.Embedding(rows, config.width, ('position', 'embed'))
-    self.column_embedding = layers.Embedding(columns, config.width, ('position', 'embed'))
+    if config.positions == 'learned':
+      self.row_embedding = layers.Embedding(rows, config.width, ('position', 'embed'))
+      self.column_embedding = layers.Embedding(columns, config.width, ('position', 'embed'))
     self.decoder = transformer.Decoder(
       config.decoder_layers,
       config.width,
@@ -45,6 +46,7 @@ class TokenDecoder(nn.Module):
       config.compute_dtype,
       config.remat,
       config.unroll,
+      config.decoder_options,
     )
     self.logits = layers.Projection((config.codebook_size,), 1, ('embed', 'vocab'))
     self.drop = layers.Dropout(config.dropout)
@@ -124,7 +126,10 @@ class TokenDecoder(nn.Module):
     positions = jnp.minimum(positions, self.config.image_length - 1)
     columns = self.config.grid[1]
     x = jnp.where((positions == 0)[..., None], self.begin, self.token_embedding(previous))
-    x = x + (self.row_embedding(positions // columns) + self.column_embedding(positions % columns))
+    if self.config.positions == 'learned':
+      x = x + (
+        self.row_embedding(positions // columns) + self.column_embedding(positions % columns)
+      )
     return self.drop(x.astype(self.config.compute_dtype), dropout_keys)
 
   def logits_from(

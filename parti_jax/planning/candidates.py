@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Iterator
 
+from parti_jax.models import flops
 from parti_jax.models import parti
 from parti_jax.planning import chips
 from parti_jax.planning import remedies
@@ -82,7 +83,7 @@ def of_sampling(
 ) -> list[Candidate]:
   """Returns candidates for a sampling step like `of_training`; reading memory bounds a step."""
   found = []
-  weights = model.decoder_layers * (6 * model.width**2 + 2 * model.width * model.mlp_width)
+  weights = model.decoder_layers * flops.image_token_weights(model)
   kernels = bytes_per_weight * weights
   length = model.image_length + model.text_length
   cache = 2 * bytes_per_key * sequences * model.decoder_layers * model.width * length
@@ -123,7 +124,7 @@ def _training_bytes(model, parameters, batch_size, mesh, remat, microbatches) ->
   state = parameters * (4 + 4 + 2) / (tensor * mesh['fsdp'] * mesh['stage'])
   examples = batch_size / (mesh['stage'] * mesh['data'] * mesh['fsdp'] * microbatches)
   width, image = model.width, examples * model.image_length
-  projections = (6 * width + 2 * model.mlp_width) / tensor
+  projections = (6 * width + model.mlp_kernels * model.mlp_width) / tensor
   kept = {
     'block_inputs': width,
     'block_inputs_and_attention': width + width / tensor,

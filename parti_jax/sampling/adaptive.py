@@ -112,7 +112,12 @@ class AdaptiveDecoder:
       token_decoder.TokenDecoder(config).apply, {'params': params['image_decoder']}
     )
     block = transformer.DecoderBlock(
-      config.width, config.mlp_width, config.heads, dtype=config.compute_dtype, parent=None
+      config.width,
+      config.mlp_width,
+      config.heads,
+      dtype=config.compute_dtype,
+      options=config.decoder_options,
+      parent=None,
     )
     self._apply_block: Callable[..., Any] = block.apply
 
@@ -194,7 +199,9 @@ class AdaptiveDecoder:
     caches, made = [], []
     for layer, params in enumerate(self._layers):
       exited = exits(layer, x, exited)
-      project = functools.partial(self._apply_block, {'params': params}, method='project')
+      project = functools.partial(
+        self._apply_block, {'params': params}, position=position, method='project'
+      )
       if copied is None or entries is None:
         query, key, value = project(x)
       else:

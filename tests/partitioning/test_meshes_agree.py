@@ -37,6 +37,7 @@ CASES = [
   ('ranker', (1, 2, 2, 2)),
   ('vqgan', (2, 2, 2, 1)),
   ('with_t5', (1, 2, 2, 2)),
+  ('other_blocks', (1, 2, 2, 2)),
 ]
 
 
@@ -83,6 +84,14 @@ def _with_t5():
   objective, batch, _ = _generator()
   sizes = dataclasses.replace(objective.model, text_encoder=encoder)
   return generator_objective.GeneratorObjective(sizes), batch, 10.0
+
+
+def _other_blocks():
+  objective, batch, rate = _generator()
+  sizes = dataclasses.replace(
+    objective.model, norm='rms', mlp='swiglu', qk_norm=True, positions='rotary_2d'
+  )
+  return generator_objective.GeneratorObjective(sizes), batch, rate
 
 
 def _tokenizer():
@@ -154,6 +163,7 @@ def _trained(stage_name, sizes):
     'tokenizer': _tokenizer,
     'vqgan': _vqgan,
     'with_t5': _with_t5,
+    'other_blocks': _other_blocks,
     'ranker': _ranker,
   }[stage_name]()
   devices = jax.devices()[: np.prod(sizes)]
@@ -168,7 +178,9 @@ def _trained(stage_name, sizes):
   return jax.device_get(metrics), before, jax.device_get(state)
 
 
-@pytest.mark.parametrize('stage', ['generator', 'tokenizer', 'vqgan', 'ranker', 'with_t5'])
+@pytest.mark.parametrize(
+  'stage', ['generator', 'tokenizer', 'vqgan', 'ranker', 'with_t5', 'other_blocks']
+)
 def test_the_step_consists_mostly_of_its_update(stage):
   _, before, state = _trained(stage, (1, 1, 1, 1))
   moved = jax.tree.map(lambda a, b: np.abs(a - b).max() / np.abs(b).max(), before, state.params)
@@ -185,8 +197,10 @@ def test_a_step_gives_the_same_on_all_meshes(stage, sizes):
   jax.tree.map(np.testing.assert_array_equal, before_there, before)
   np.testing.assert_allclose(others['loss'], metrics['loss'], rtol=1e-5)
   np.testing.assert_allclose(others['gradient_norm'], metrics['gradient_norm'], rtol=1e-5)
+  # A norm of a head's four features amplifies rounding errors where they are small.
+  error = 3e-5 if stage == 'other_blocks' else 1e-5
   jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(b, a, atol=1e-5 * np.abs(a).max()),
+    lambda a, b: np.testing.assert_allclose(b, a, atol=error * np.abs(a).max()),
     state.params,
     state_there.params,
   )

@@ -1,4 +1,4 @@
-"""Basic layers with logical axis names: projections, dropout, layer norm, MLP, embeddings."""
+"""Basic layers with logical axis names: projections, dropout, norms, MLPs, embeddings."""
 
 from __future__ import annotations
 
@@ -251,6 +251,25 @@ class LayerNorm(nn.Module):
     return (normed * scale).astype(self.dtype)
 
 
+class RMSNorm(nn.Module):
+  """Division by the root mean square in float32, with a scale and no bias (arXiv 1910.07467).
+
+  Attributes:
+    dtype: dtype of the output; statistics are always float32.
+    epsilon: what is added to the mean square. The default is Llama's and LlamaGen's.
+  """
+
+  dtype: jnp.dtype = jnp.float32
+  epsilon: float = 1e-5
+
+  @nn.compact
+  def __call__(self, x: Float[Array, '*places features']) -> Float[Array, '*places features']:
+    scale = parameter(self, 'scale', nn.initializers.ones, ('norm',), (x.shape[-1],))
+    x = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    return (x * jax.lax.rsqrt(mean_square + self.epsilon) * scale).astype(self.dtype)
+
+
 class MLP(nn.Module):
   """Two projections with a GELU in between.
 
@@ -273,6 +292,30 @@ class MLP(nn.Module):
     return Projection((self.width,), 1, ('mlp', 'embed'), self.dtype, name='project_out')(
       nn.gelu(hidden)
     )
+
+
+class SwiGLU(nn.Module):
+  """An MLP with a gate: project_out(silu(project_gate(x)) · project_in(x)) (arXiv 2002.05202).
+
+  Attributes:
+    width: model dimension `embed`.
+    mlp_width: dimension `mlp` between the projections.
+    dtype: dtype of the computation.
+  """
+
+  width: int
+  mlp_width: int
+  dtype: jnp.dtype = jnp.float32
+
+  def setup(self):
+    self.project_in = Projection((self.mlp_width,), 1, ('embed', 'mlp'), self.dtype)
+    self.project_gate = Projection((self.mlp_width,), 1, ('embed', 'mlp'), self.dtype)
+    self.project_out = Projection((self.width,), 1, ('mlp', 'embed'), self.dtype)
+
+  def __call__(self, x: Float[Array, 'batch length embed']) -> Float[Array, 'batch length embed']:
+    hidden = nn.silu(self.project_gate(x)) * self.project_in(x)
+    names = ('activation_batch', 'activation_length', 'activation_mlp')
+    return self.project_out(nn.with_logical_constraint(hidden, names))
 
 
 class Embedding(nn.Module):

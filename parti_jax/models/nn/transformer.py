@@ -17,6 +17,7 @@ from jaxtyping import PyTree
 
 from parti_jax.models.nn import attention
 from parti_jax.models.nn import attention_patterns
+from parti_jax.models.nn import block_options
 from parti_jax.models.nn import layer_stack
 from parti_jax.models.nn import layers
 from parti_jax.models.nn import quantization
@@ -35,7 +36,7 @@ _CACHE_AXES = ('activation_batch', 'activation_heads', 'activation_length', None
 
 
 class EncoderBlock(nn.Module):
-  """Self-attention and MLP, each with a layer norm before it and a residual connection.
+  """Self-attention and MLP, each with a norm before it and a residual connection.
 
   Attributes:
     width: model dimension `embed`.
@@ -43,6 +44,7 @@ class EncoderBlock(nn.Module):
     heads: number of attention heads.
     dropout: dropout rate at the outputs of attention and MLP.
     dtype: dtype of the computation.
+    options: what the block consists of.
   """
 
   width: int
@@ -50,12 +52,13 @@ class EncoderBlock(nn.Module):
   heads: int
   dropout: float = 0.0
   dtype: jnp.dtype = jnp.float32
+  options: block_options.BlockOptions = block_options.BlockOptions()
 
   def setup(self):
-    self.attention_norm = layers.LayerNorm(self.dtype)
-    self.attention = attention.SelfAttention(self.width, self.heads, self.dtype)
-    self.mlp_norm = layers.LayerNorm(self.dtype)
-    self.mlp = layers.MLP(self.width, self.mlp_width, self.dtype)
+    self.attention_norm = self.options.make_norm(self.dtype)
+    self.attention = attention.SelfAttention(self.width, self.heads, self.dtype, self.options)
+    self.mlp_norm = self.options.make_norm(self.dtype)
+    self.mlp = self.options.make_mlp(self.width, self.mlp_width, self.dtype)
     self.drop = layers.Dropout(self.dropout)
 
   def __call__(
@@ -127,14 +130,16 @@ class DecoderBlock(nn.Module):
   heads: int
   dropout: float = 0.0
   dtype: jnp.dtype = jnp.float32
+  options: block_options.BlockOptions = block_options.BlockOptions()
 
   def setup(self):
-    self.attention_norm = layers.LayerNorm(self.dtype)
-    self.attention = attention.PatternedSelfAttention(self.width, self.heads, self.dtype)
-    self.cross_norm = layers.LayerNorm(self.dtype)
-    self.cross_attention = attention.CrossAttention(self.width, self.heads, self.dtype)
-    self.mlp_norm = layers.LayerNorm(self.dtype)
-    self.mlp = layers.MLP(self.width, self.mlp_width, self.dtype)
+    self.attention_norm = self.options.make_norm(self.dtype)
+    sizes = self.width, self.heads, self.dtype, self.options
+    self.attention = attention.PatternedSelfAttention(*sizes)
+    self.cross_norm = self.options.make_norm(self.dtype)
+    self.cross_attention = attention.CrossAttention(*sizes)
+    self.mlp_norm = self.options.make_norm(self.dtype)
+    self.mlp = self.options.make_mlp(self.width, self.mlp_width, self.dtype)
     self.drop = layers.Dropout(self.dropout)
 
   def __call__(
@@ -240,14 +245,21 @@ class DecoderBlock(nn.Module):
     return nn.with_logical_constraint(x, layers.ACTIVATION)
 
   def project(
-    self, x: Float[Array, 'batch length embed']
+    self,
+    x: Float[Array, 'batch length embed'],
+    position: Int[Array, ''] | Int[Array, 'batch'],
   ) -> tuple[
     Float[Array, 'batch length heads head_dim'],
     Float[Array, 'batch length heads head_dim'],
     Float[Array, 'batch length heads head_dim'],
   ]:
-    """Returns query, key and value of self-attention for the block's input x."""
-    return self.attention.project(self.attention_norm(x))
+    """Returns query, key and value of self-attention for the block's input x.
+
+    Args:
+      x: input of the block.
+      position: the first position of x, in all rows or in each.
+    """
+    return self.attention.project(self.attention_norm(x), position)
 
   def keys_values(self, encoded: Float[Array, 'batch text_length features']) -> TextKeysValues:
     """Returns keys and values of cross-attention to the text."""
@@ -256,7 +268,7 @@ class DecoderBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-  """Encoder blocks and a final layer norm.
+  """Encoder blocks and a final norm.
 
   Attributes:
     num_layers: number of blocks.
@@ -267,6 +279,7 @@ class Encoder(nn.Module):
     dtype: dtype of the computation.
     remat: name in layer_stack.REMAT_POLICIES.
     unroll: number of layers that each iteration of the scan computes.
+    options: what the blocks consist of.
   """
 
   num_layers: int
@@ -277,12 +290,13 @@ class Encoder(nn.Module):
   dtype: jnp.dtype = jnp.float32
   remat: str = 'everything'
   unroll: int = 1
+  options: block_options.BlockOptions = block_options.BlockOptions()
 
   def setup(self):
     self.block = EncoderBlock(
-      self.width, self.mlp_width, self.heads, self.dropout, self.dtype, parent=None
+      self.width, self.mlp_width, self.heads, self.dropout, self.dtype, self.options, parent=None
     )
-    self.norm = layers.LayerNorm(self.dtype)
+    self.norm = self.options.make_norm(self.dtype)
 
   @nn.compact
   def __call__(
@@ -305,7 +319,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-  """Decoder blocks and a final layer norm.
+  """Decoder blocks and a final norm.
 
   Attributes:
     num_layers: number of blocks.
@@ -317,6 +331,7 @@ class Decoder(nn.Module):
     dtype: dtype of the computation.
     remat: name in layer_stack.REMAT_POLICIES.
     unroll: number of layers that each iteration of the scan computes.
+    options: what the blocks consist of.
   """
 
   num_layers: int
@@ -328,12 +343,13 @@ class Decoder(nn.Module):
   dtype: jnp.dtype = jnp.float32
   remat: str = 'everything'
   unroll: int = 1
+  options: block_options.BlockOptions = block_options.BlockOptions()
 
   def setup(self):
     self.block = DecoderBlock(
-      self.width, self.mlp_width, self.heads, self.dropout, self.dtype, parent=None
+      self.width, self.mlp_width, self.heads, self.dropout, self.dtype, self.options, parent=None
     )
-    self.norm = layers.LayerNorm(self.dtype)
+    self.norm = self.options.make_norm(self.dtype)
 
   @nn.compact
   def __call__(
@@ -357,7 +373,7 @@ class Decoder(nn.Module):
 
     Returns:
       The output of the last layer. With `all_layers` the outputs of all layers, with a leading
-      axis of layers. The final layer norm is applied to each.
+      axis of layers. The final norm is applied to each.
       The state with these positions, or None for a whole sequence.
     """
     if state is not None:
@@ -400,12 +416,12 @@ class Decoder(nn.Module):
       state: the state before these positions, with a position for each row.
 
     Returns:
-      The output of the last layer after the final layer norm, and the keys and values of the
+      The output of the last layer after the final norm, and the keys and values of the
       positions in each layer, for `DecoderState.advanced`.
     """
     entries = []
     for number, params in enumerate(self._layers()):
-      query, *entry = _apply(self.block, params, x, method='project')
+      query, *entry = _apply(self.block, params, x, state.position, method='project')
       x = _apply(
         self.block,
         params,

@@ -27,6 +27,9 @@ _SIZES = (
   'text_vocabulary',
   'text_length',
   'text_encoder',
+  'norm',
+  'mlp',
+  'qk_norm',
 )
 _OBJECTIVES = ('text_encoder', 'generator')
 

@@ -205,9 +205,7 @@ class TextEncoderObjective(base.Objective):
 
   def step_flops(self, batch_size: int) -> int:
     model, total = self.model, 0
-    text = flops.encoder_forward(
-      model.encoder_layers, model.width, model.mlp_width, model.text_length
-    )
+    text = flops.text_encoder_forward(model)
     if self.masked_weight:
       head = 2 * model.width * (model.width + model.text_vocabulary)
       total += text + masked_language.most_chosen(model.text_length) * head

@@ -11,11 +11,14 @@ import pytest
 from parti_jax.models.nn import attention
 from parti_jax.models.nn import attention_kernel
 from parti_jax.models.nn import attention_patterns
+from parti_jax.models.nn import block_options
 from parti_jax.models.nn import transformer
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import rules
 
 BATCH, LENGTH, TEXT, WIDTH = 2, 256, 128, 256
+# What the kernel doesn't compute itself.
+OPTIONS = {'qk_norm': True, 'rotary_grid': (8, 32)}
 
 
 def pattern_of(name):
@@ -127,12 +130,13 @@ def _as_on_a_tpu(monkeypatch):
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize('index', [1, 'array'])
-def test_blocks_with_the_kernel_equal_those_without(request, index):
+@pytest.mark.parametrize('index, options', [(1, {}), ('array', {}), (0, OPTIONS)])
+def test_blocks_with_the_kernel_equal_those_without(request, index, options):
   """The same parameters, outputs and gradients of all of them."""
   patterns = (pattern_of('conv'), pattern_of('row'))
-  encoder = transformer.EncoderBlock(WIDTH, 64, 4)
-  decoder = transformer.DecoderBlock(WIDTH, 64, 4)
+  options = block_options.BlockOptions(**options)
+  encoder = transformer.EncoderBlock(WIDTH, 64, 4, options=options)
+  decoder = transformer.DecoderBlock(WIDTH, 64, 4, options=options)
   text, x = normal(BATCH, TEXT, WIDTH), normal(BATCH, LENGTH, WIDTH)
   mask = jnp.arange(TEXT)[None, None, None] < jnp.array([5, 90])[:, None, None, None]
   variables = (

@@ -1,0 +1,40 @@
+"""Options of Transformer blocks; the defaults are those of Parti."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from parti_jax.models.nn import layers
+
+# Modules of a dtype, and modules of a width, an `mlp_width` and a dtype.
+NORMS = {'layer': layers.LayerNorm, 'rms': layers.RMSNorm}
+MLPS = {'gelu': layers.MLP, 'swiglu': layers.SwiGLU}
+# How the image-token decoder learns where a token is.
+POSITIONS = ('learned', 'rotary_2d')
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockOptions:
+  """What the blocks of a stack consist of.
+
+  Attributes:
+    norm: a name in NORMS.
+    mlp: a name in MLPS.
+    qk_norm: whether an RMSNorm over head_dim follows the projections of queries and keys.
+    rotary_grid: rows and columns of the positions by which self-attention rotates queries and keys
+      (`rotary.rotate`); None to leave them.
+  """
+
+  norm: str = 'layer'
+  mlp: str = 'gelu'
+  qk_norm: bool = False
+  rotary_grid: tuple[int, int] | None = None
+
+  def make_norm(self, dtype: jnp.dtype) -> nn.Module:
+    return NORMS[self.norm](dtype)
+
+  def make_mlp(self, width: int, mlp_width: int, dtype: jnp.dtype) -> nn.Module:
+    return MLPS[self.mlp](width, mlp_width, dtype)
