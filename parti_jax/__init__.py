@@ -38,6 +38,7 @@ _MODULES = {
   'TrainState': 'parti_jax.training.state',
   'adafactor': 'parti_jax.training.optimizers',
   'adamw': 'parti_jax.training.optimizers',
+  'muon': 'parti_jax.training.optimizers',
   'parti_schedule': 'parti_jax.training.optimizers',
   'warmup_cosine': 'parti_jax.training.optimizers',
   'make_mesh': 'parti_jax.partitioning.mesh',

@@ -7,6 +7,7 @@ A checkpoint has the items `state`, `data` (the position in the data) and `model
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from collections.abc import Mapping
 from typing import Any
 
@@ -256,9 +257,7 @@ def read_parts(path: epath.Path, params):
     UserError: if parameters are missing, unknown or of another shape.
   """
   saved = saved_shapes(path)
-  averaged = {
-    part for part in params if any(name.startswith(f'statistics/average/{part}/') for name in saved)
-  }
+  averaged = _averaged(saved, params)
   abstract = {
     'params': {part: tree for part, tree in params.items() if part not in averaged},
     'statistics': {'average': {part: params[part] for part in averaged}},
@@ -284,6 +283,17 @@ def read_parts(path: epath.Path, params):
       ),
     )
   return restored.get('params', {}) | restored.get('statistics', {}).get('average', {})
+
+
+def averaged_parts(path: epath.Path, params: Iterable[str]) -> set[str]:
+  """Returns the parts that `read_parts` reads as averages, among those named `params`."""
+  return _averaged(saved_shapes(path), params)
+
+
+def _averaged(saved: Iterable[str], parts: Iterable[str]) -> set[str]:
+  return {
+    part for part in parts if any(name.startswith(f'statistics/average/{part}/') for name in saved)
+  }
 
 
 def read_model_folder(path, objective, abstract, inputs):

@@ -36,8 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument(f'--{name}', metavar='RUN', help=text)
   parser.add_argument(
     '--vocabulary',
-    metavar='FILE',
-    help='the SentencePiece model that the captions were tokenized with',
+    metavar='PATH',
+    help='the text tokenizer of the captions: a SentencePiece model, a tokenizer.json, or the folder '
+    'of the imported text encoder that the generator has',
   )
   parser.add_argument(
     '--base',
@@ -86,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     tokenizer_config=tokenizer.config,
     tokenizer_params=tokenizer.params,
     parts=parts,
-    vocabulary_path=base.vocabulary_path if base and not args.vocabulary else args.vocabulary,
+    vocabulary_path=_vocabulary(args.vocabulary) if args.vocabulary else base.vocabulary_path,
     sampling=sampling,
     dtype=args.dtype or (base.stored_as if base else 'float16'),
     overwrite=args.overwrite,
@@ -114,6 +115,24 @@ def _check_flags(args: argparse.Namespace):
     raise errors.UserError(
       f'--vocabulary={args.vocabulary}: file not found; `parti-jax vocabulary` makes one'
     )
+
+
+def _vocabulary(path: str) -> str:
+  """Returns the file of a text tokenizer, which may be given by a folder.
+
+  Raises:
+    UserError: if the folder has none.
+  """
+  if not storage.is_folder(path):
+    return path
+  names = (model_folder.vocabulary_file('text_encoder'), model_folder.VOCABULARY_FILE)
+  for name in names:
+    if storage.exists(found := storage.join(path, name)):
+      return found
+  raise errors.UserError(
+    f'--vocabulary={path}: the folder has none of {", ".join(names)}; give the file of the text '
+    'tokenizer, or the folder of an imported text encoder'
+  )
 
 
 def _part(name: str, folder, provenance: dict[str, Any]) -> model_folder.Part:
@@ -148,6 +167,8 @@ def _trained(name: str, model_dir) -> tuple[model_folder.Part, int]:
   path = run_checkpoints.latest_checkpoint(model_dir)
   config = run_checkpoints.read_config(path, name)
   params = run_checkpoints.read_params(path, network.module(config), network.example_inputs(config))
+  if averaged := sorted(run_checkpoints.averaged_parts(path, params)):
+    print(f'--{name}={model_dir}: taking the moving average of {", ".join(averaged)}')
   return model_folder.Part(config, params, _made_with(name, model_dir, path)), int(path.name)
 
 

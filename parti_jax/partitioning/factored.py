@@ -20,7 +20,7 @@ import numpy as np
 LEAST_SIZE = 128
 
 # Modules whose kernels have the axes `heads` and `head_dim`, next to each other.
-_ATTENTION = ('attention', 'cross_attention')
+ATTENTION = ('attention', 'cross_attention')
 
 
 def axes(shape: Sequence[int]) -> tuple[int, int] | None:
@@ -50,7 +50,7 @@ def joined_axis(names: Sequence[str], shape: Sequence[int]) -> int | None:
     The index of `heads`, which `head_dim` follows. None for all other parameters, for a kernel that
     can be factored unchanged, and for one that can't be factored even with the axes joined.
   """
-  if len(names) < 3 or names[-1] != 'kernel' or names[-3] not in _ATTENTION:
+  if len(names) < 3 or names[-1] != 'kernel' or names[-3] not in ATTENTION:
     return None
   axis = len(shape) - (3 if names[-2] == 'project_out' else 2)
   if axis < 0 or axes(shape) or not axes(_joined(shape, axis)):

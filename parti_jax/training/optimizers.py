@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +11,7 @@ import gin
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from jax.typing import ArrayLike
 from jax.typing import DTypeLike
 from jaxtyping import Array
@@ -153,6 +155,89 @@ def adamw(
   return optax.chain(
     optax.clip_by_global_norm(max_gradient_norm),
     optax.adamw(schedule, beta1, beta2, weight_decay=weight_decay, mask=decayed),
+  )
+
+
+def muon_axes(parameters: PyTree) -> PyTree:
+  """Returns the axes over which Muon orthogonalizes parameters.
+
+  Kernels of attention and of MLPs are matrices, in which heads and head_dim count as one axis.
+  Layers of a stack, and queries, keys and values that share a kernel, are separate matrices.
+
+  Args:
+    parameters: parameters, abstract or concrete.
+
+  Returns:
+    A tree of `optax.contrib.MuonDimensionNumbers`; None for parameters that aren't such kernels:
+    embeddings, norms, biases, logits, convolutions and projections of patches and features.
+  """
+
+  def axes(
+    path: jax.tree_util.KeyPath, leaf: jax.Array
+  ) -> optax.contrib.MuonDimensionNumbers | None:
+    names = jax.tree_util.keystr(path, simple=True, separator='/').split('/')
+    if len(names) < 3 or names[-1] != 'kernel' or names[-3] not in (*factored.ATTENTION, 'mlp'):
+      return None
+    first, last = int('layers' in names), leaf.ndim - 1
+    if names[-3] == 'mlp':
+      return optax.contrib.MuonDimensionNumbers((first,), (last,))
+    if names[-2] == 'project_out':
+      return optax.contrib.MuonDimensionNumbers((last - 2, last - 1), (last,))
+    return optax.contrib.MuonDimensionNumbers((first,), (last - 1, last))
+
+  return jax.tree_util.tree_map_with_path(axes, parameters)
+
+
+@gin.configurable
+@checks.bounded(weight_decay=(0, None), max_gradient_norm=(0, None))
+def muon(
+  schedule: optax.ScalarOrSchedule,
+  beta: float = 0.95,
+  beta1: float = 0.9,
+  beta2: float = 0.95,
+  weight_decay: float = 0.1,
+  max_gradient_norm: float = 1.0,
+) -> optax.GradientTransformation:
+  """Muon for the kernels of attention and MLPs, and AdamW for all other parameters.
+
+  Muon orthogonalizes the momentum of each matrix by five steps of Newton-Schulz
+  (https://kellerjordan.github.io/posts/muon). Updates are multiplied by 0.2 · √(the longer side), so
+  that their root mean square is about that of AdamW's, and both share the learning rate and the
+  weight decay (arXiv 2502.16982, section 2.2). `muon_axes` says what is a matrix.
+
+  Args:
+    schedule: learning rate as a function of the step; one that suits `adamw` is a good start.
+    beta: decay of Muon's momentum, which is Nesterov's.
+    beta1: decay of AdamW's first moment.
+    beta2: decay of AdamW's second moment.
+    weight_decay: weight decay of kernels, multiplied by the learning rate.
+    max_gradient_norm: maximum global norm of the gradients.
+
+  Raises:
+    UserError: if a decay is not in [0, 1), or the norm is 0.
+  """
+  _check_moments('muon', beta1, beta2, max_gradient_norm)
+  if not 0 <= beta < 1:
+    raise UserError(f'muon.beta={beta} must be at least 0 and below 1')
+  is_axes = lambda node: node is None or isinstance(node, optax.contrib.MuonDimensionNumbers)
+
+  def labels(parameters: PyTree) -> PyTree[str]:
+    name = lambda axes: 'adamw' if axes is None else 'muon'
+    return jax.tree.map(name, muon_axes(parameters), is_leaf=is_axes)
+
+  def scaled(update: jax.Array, axes: optax.contrib.MuonDimensionNumbers) -> jax.Array:
+    sides = (math.prod(update.shape[axis] for axis in numbers) for numbers in axes)
+    return 0.2 * math.sqrt(max(sides)) * update
+
+  orthogonal = optax.chain(
+    optax.contrib.scale_by_muon(beta=beta, weight_dimension_numbers=muon_axes),
+    optax.stateless(lambda updates, _: jax.tree.map(scaled, updates, muon_axes(updates))),
+  )
+  return optax.chain(
+    optax.clip_by_global_norm(max_gradient_norm),
+    optax.partition({'muon': orthogonal, 'adamw': optax.scale_by_adam(beta1, beta2)}, labels),
+    optax.add_decayed_weights(weight_decay, decayed),
+    optax.scale_by_learning_rate(schedule),
   )
 
 

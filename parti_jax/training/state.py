@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any
 from typing import TypeVar
 
@@ -14,6 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 from jaxtyping import Int
+from jaxtyping import PRNGKeyArray
 from jaxtyping import PyTree
 
 from parti_jax.core import errors
@@ -65,12 +68,32 @@ def with_parts(state: TrainState, parts: base.Params) -> TrainState:
   return state.replace(params=state.params | parts, statistics=statistics)
 
 
-def update_average(average: PyTree, params: PyTree, step: Int[Array, ''], decay: float) -> PyTree:
+def initial_average(
+  init: Callable[[PRNGKeyArray], base.Params], parts: Iterable[str]
+) -> base.Params:
+  """Returns zeros for the moving averages of parts of the parameters.
+
+  `create_state` replaces them with the initial parameters.
+
+  Args:
+    init: the objective's `init`.
+    parts: names of the parts; those without parameters are left out.
+  """
+  params = nn.meta.unbox(jax.eval_shape(init, jax.random.key(0)))
+  return jax.tree.map(
+    lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+    {name: params[name] for name in parts if name in params},
+  )
+
+
+def update_average(
+  average: base.Params, params: base.Params, step: Int[Array, ''], decay: float
+) -> base.Params:
   """Updates the exponential moving average of parameters after a step.
 
   Args:
     average: the average before the step.
-    params: the parameters after the step, a tree of the same structure.
+    params: the parameters after the step; parts that have no average are not used.
     step: number of steps done before this one.
     decay: decay of the average. The first steps use at most step / (step + 10), so that the random
       initial parameters don't stay in the average for long.
@@ -78,6 +101,7 @@ def update_average(average: PyTree, params: PyTree, step: Int[Array, ''], decay:
   Returns:
     The new average. Parameters that don't change leave it unchanged bit for bit.
   """
+  params = {name: params[name] for name in average}
   share = jnp.minimum(decay, step / (step + 10.0))
   moved = lambda old, new: old + (1.0 - share) * (new - old)
   return jax.tree.map(lambda old, new: jnp.where(step == 0, new, moved(old, new)), average, params)

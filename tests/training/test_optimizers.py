@@ -1,4 +1,7 @@
-"""Adafactor and AdamW step by step on small arrays, and schedules at their corners."""
+"""Adafactor, AdamW and Muon step by step on small arrays, and schedules at their corners."""
+
+import dataclasses
+import functools
 
 import flax.linen as nn
 import gin
@@ -12,6 +15,7 @@ from parti_jax.core import gin_config
 from parti_jax.core.errors import UserError
 from parti_jax.models import coca
 from parti_jax.models import parti_config
+from parti_jax.models import t5_encoder
 from parti_jax.models import vit_vqgan
 from parti_jax.models.nn import layers
 from parti_jax.partitioning import factored
@@ -291,7 +295,7 @@ def test_the_gradient_is_clipped_by_its_norm_over_all_parameters():
   np.testing.assert_allclose(_state_with(state, 'v').v['a']['kernel'], (3.0 / norm) ** 2, rtol=1e-5)
 
 
-@pytest.mark.parametrize('make', [optimizers.adafactor, optimizers.adamw])
+@pytest.mark.parametrize('make', [optimizers.adafactor, optimizers.adamw, optimizers.muon])
 def test_weight_decay_acts_on_kernels_alone(make):
   params = {
     'mlp': {'kernel': jnp.ones((2, 3))},
@@ -336,6 +340,128 @@ def test_adamw_by_hand():
   np.testing.assert_allclose(
     updates['kernel'], [-0.1 * (1 + 0.2 * 2), -0.1 * (-1 - 0.2)], rtol=1e-5
   )
+
+
+def _orthogonalized(matrix):
+  """Five steps of Newton-Schulz with Muon's coefficients, in float64."""
+  x = matrix / np.linalg.norm(matrix)
+  for _ in range(5):
+    gram = x @ x.T
+    x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+  return x
+
+
+def test_muon_by_hand():
+  draw = np.random.default_rng(0)
+  normal = lambda *shape: draw.normal(size=shape).astype(np.float32)
+  make = lambda: {
+    'layers': {
+      'attention': {
+        'project_in': {'kernel': normal(2, 6, 3, 2, 4)},
+        'project_out': {'kernel': normal(2, 2, 4, 6)},
+      },
+      'mlp': {
+        'project_in': {'kernel': normal(2, 6, 10)},
+        'project_out': {'kernel': normal(2, 9, 6)},
+      },
+    },
+    'cross_attention': {'project_query': {'kernel': normal(6, 2, 4)}},
+    'logits': {'kernel': normal(6, 5)},
+    'token_embedding': {'table': normal(5, 6)},
+  }
+  params = make()
+  optimizer = optimizers.muon(
+    lambda step: 0.5 + step,
+    beta=0.95,
+    beta1=0.9,
+    beta2=0.99,
+    weight_decay=0.1,
+    max_gradient_norm=1e9,
+  )
+  # Kernels -> indices of a stack, and the shape of a matrix.
+  kernels = {
+    ('layers', 'attention', 'project_in'): (
+      [(i, slice(None), j) for i in (0, 1) for j in (0, 1, 2)],
+      (6, 8),
+    ),
+    ('layers', 'attention', 'project_out'): ([(0,), (1,)], (8, 6)),
+    ('layers', 'mlp', 'project_in'): ([(0,), (1,)], (6, 10)),
+    ('layers', 'mlp', 'project_out'): ([(0,), (1,)], (9, 6)),
+    ('cross_attention', 'project_query'): ([()], (6, 8)),
+  }
+  at = lambda tree, path: functools.reduce(lambda node, key: node[key], path, tree)
+  state, moments = optimizer.init(params), jax.tree.map(np.zeros_like, params)
+  update = jax.jit(optimizer.update)
+  for step in range(2):
+    gradients = make()
+    updates, state = update(gradients, state, params)
+    moments = jax.tree.map(lambda old, new: 0.95 * old + 0.05 * np.float64(new), moments, gradients)
+    for path, (indices, shape) in kernels.items():
+      for index in indices:
+        moment, gradient, kernel, found = (
+          np.asarray(at(tree, path)['kernel'][index], np.float64).reshape(shape)
+          for tree in (moments, gradients, params, updates)
+        )
+        # Nesterov's momentum, debiased as of the next step.
+        ahead = 0.95 * moment / (1 - 0.95 ** (step + 2)) + 0.05 * gradient / (
+          1 - 0.95 ** (step + 1)
+        )
+        wanted = 0.2 * np.sqrt(max(shape)) * _orthogonalized(ahead) + 0.1 * kernel
+        np.testing.assert_allclose(found, -(0.5 + step) * wanted, rtol=1e-3, atol=1e-3)
+    # AdamW does the rest; only the logits are decayed.
+    if step == 0:
+      for name, kind, decay in (('logits', 'kernel', 0.1), ('token_embedding', 'table', 0.0)):
+        wanted = -0.5 * (np.sign(gradients[name][kind]) + decay * params[name][kind])
+        np.testing.assert_allclose(updates[name][kind], wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  'objective',
+  [
+    generator_objective.GeneratorObjective(_SIZES),
+    generator_objective.GeneratorObjective(
+      dataclasses.replace(
+        _SIZES,
+        text_encoder=t5_encoder.T5EncoderConfig(
+          layers=1, width=8, mlp_width=16, heads=2, text_vocabulary=8, text_length=2
+        ),
+      )
+    ),
+    ranker_objective.RankerObjective(_COCA),
+    tokenizer_objective.TokenizerObjective(_TOKENIZER),
+  ],
+  ids=['generator', 'with_t5', 'ranker', 'tokenizer'],
+)
+def test_muon_takes_the_axes_of_matrices_by_their_names(objective):
+  boxed = jax.eval_shape(objective.init, jax.random.key(0))
+  params = nn.meta.unbox(boxed)
+  names = jax.tree.leaves(nn.get_partition_spec(boxed))
+  found = jax.tree.leaves(
+    optimizers.muon_axes(params), is_leaf=lambda node: not isinstance(node, dict)
+  )
+  sides, matrices = {('embed',), ('mlp',), ('heads', 'head_dim')}, 0
+  for (path, _), axes_names, axes in zip(
+    jax.tree_util.tree_leaves_with_path(params), names, found, strict=True
+  ):
+    rest = set(axes_names) - {'layers', 'qkv', 'kv'}
+    name = jax.tree_util.keystr(path)
+    inner = rest in ({'embed', 'mlp'}, {'embed', 'heads', 'head_dim'})
+    inner = inner and 'project_hidden' not in name  # That of the tokenizer is in no block.
+    assert (axes is not None) == inner, path
+    if axes is None:
+      continue
+    matrices += 1
+    of = lambda numbers, names=axes_names: tuple(names[number] for number in numbers)
+    read, written = of(axes.reduction_axis), of(axes.output_axis)
+    assert {read, written} <= sides and set(read + written) == rest, path
+    assert (read == ('embed',)) == ('project_out' not in name), path
+  assert matrices >= 6
+
+
+@pytest.mark.parametrize('name', ['beta', 'beta1', 'beta2'])
+def test_decays_of_muon_that_can_not_be_are_named(name):
+  with pytest.raises(UserError, match=rf'muon\.{name}=1\.0 must be at least 0 and below 1'):
+    optimizers.muon(1.0, **{name: 1.0})
 
 
 @pytest.mark.parametrize(

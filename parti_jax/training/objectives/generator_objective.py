@@ -35,6 +35,7 @@ from parti_jax.partitioning import pipeline_parallelism
 from parti_jax.sampling import decoding
 from parti_jax.sampling import parameters
 from parti_jax.training import inputs as inputs_lib
+from parti_jax.training import state as state_lib
 from parti_jax.training.objectives import base
 from parti_jax.training.objectives import frozen_text_encoder
 from parti_jax.training.objectives import initial_text_encoder
@@ -68,6 +69,13 @@ class GeneratorObjective(base.Objective):
     text_features: dtype of the text features that batches have, in place of running the frozen text
       encoder; a name in `text_features.DTYPES`. None runs it. A run whose token cache has text
       features sets it; set it by hand to plan such a run.
+    z_loss_weight: weight of the z-loss, the squared logarithm of the softmax's normalizer, which
+      keeps logits from drifting (1e-4 in PaLM, arXiv 2204.02311, section 5); 0 for none. Parti has
+      none.
+    label_smoothing: share ε of the target distribution that is spread evenly over the codebook (arXiv
+      1512.00567, section 7); 0 for none, as in Parti.
+    ema: decay of the moving average of the parameters, which evaluation, images and exported models
+      use; 0 for no average, as in Parti. `state.update_average` computes it. Frozen parts have none.
 
   Raises:
     UserError: if a value has the wrong type or is out of range. `depth_loss_weights` needs one
@@ -82,11 +90,19 @@ class GeneratorObjective(base.Objective):
   text_encoder: str | None = None
   frozen: tuple[str, ...] = ()
   text_features: str | None = None
+  z_loss_weight: float = 0.0
+  label_smoothing: float = 0.0
+  ema: float = 0.0
 
   name = 'generator'
 
   def __post_init__(self) -> None:
-    config_checks.check_fields(self, guidance_scale=(0, sampling_settings.MOST_GUIDANCE))
+    config_checks.check_fields(
+      self, guidance_scale=(0, sampling_settings.MOST_GUIDANCE), z_loss_weight=(0, None)
+    )
+    for field in ('label_smoothing', 'ema'):
+      if not 0 <= (value := getattr(self, field)) < 1:
+        raise errors.UserError(f'GeneratorObjective.{field}={value} must be at least 0 and below 1')
     if unknown := set(self.frozen) - set(PARTS):
       raise errors.UserError(
         f'GeneratorObjective.frozen: unknown parts {sorted(unknown)}; choose from '
@@ -200,6 +216,28 @@ class GeneratorObjective(base.Objective):
     """Returns optimizers without moments, which change nothing, for the frozen parts."""
     return {part: optax.set_to_zero() for part in self.frozen}
 
+  def initial_statistics(self) -> base.Statistics:
+    """Returns 'average' with `ema`: the moving average of the parts that are trained."""
+    if not self.ema:
+      return {}
+    trained = [part for part in PARTS if part not in self.frozen]
+    return {'average': state_lib.initial_average(self.init, trained)}
+
+  def after_step(
+    self,
+    params: base.Params,
+    statistics: base.Statistics,
+    aux: dict[str, Any],
+    step: Int[Array, ''],
+    rng: PRNGKeyArray | None,
+  ) -> tuple[base.Params, base.Statistics, dict[str, Float[Array, '']]]:
+    """Updates the average of parameters."""
+    del aux, rng
+    if self.ema:
+      average = state_lib.update_average(statistics['average'], params, step, self.ema)
+      statistics = statistics | {'average': average}
+    return params, statistics, {}
+
   def loss(
     self,
     params: base.Params,
@@ -219,33 +257,42 @@ class GeneratorObjective(base.Objective):
 
     Returns:
       loss: the loss.
-      aux: a dict with 'metrics'.
+      aux: a dict with 'metrics'. With a z-loss or label smoothing, the loss is the sum of the metrics
+        'cross_entropy', 'z_loss' and 'smoothing_loss'; a term that is off has no metric.
     """
     del step
-    losses, hits = self._losses(params, batch, dropout_keys)
+    found = self._predictions(params, batch, dropout_keys, regularized=True)
     weights = batch['decoder_loss_weights']
     total = jnp.maximum(jnp.sum(weights), 1.0)
-    mean = lambda values: jnp.sum(values * weights, axis=(1, 2)) / total
-    losses, metrics = mean(losses), {'token_accuracy': mean(hits)[-1]}
+    of_layers = {
+      name: jnp.sum(values * weights, axis=(1, 2)) / total for name, values in found.items()
+    }
+    metrics = {'token_accuracy': of_layers.pop('hits')[-1]}
     if self.depth_loss_weights is None:
-      return losses[-1], {'metrics': metrics}
-    shares = np.array([weight for weight in self.depth_loss_weights if weight > 0], np.float32)
-    metrics['last_layer_loss'] = losses[-1]
-    return jnp.sum(losses * (shares / shares.sum())), {'metrics': metrics}
+      terms = {name: values[-1] for name, values in of_layers.items()}
+    else:
+      shares = np.array([weight for weight in self.depth_loss_weights if weight > 0], np.float32)
+      metrics['last_layer_loss'] = of_layers['cross_entropy'][-1]
+      terms = {
+        name: jnp.sum(values * (shares / shares.sum())) for name, values in of_layers.items()
+      }
+    if len(terms) > 1:
+      metrics |= terms
+    return functools.reduce(jnp.add, terms.values()), {'metrics': metrics}
 
   def weight(self, batch: base.Batch) -> Float[Array, '']:
     """Returns the sum of the weights of a batch's tokens."""
     return jnp.sum(batch['decoder_loss_weights'])
 
   def evaluate(self, params: base.Params, batch: base.Batch) -> dict[str, Float[Array, 'batch']]:
-    """Evaluates each example, without dropout.
+    """Evaluates each example, without dropout, z-loss or label smoothing.
 
     Returns:
       'loss' and 'token_accuracy' of the last layer, and 'loss_after_1' and so on of the other
       layers with a weight.
     """
-    losses, hits = self._losses(params, batch, None)
-    losses, hits = jnp.mean(losses, axis=2), jnp.mean(hits, axis=2)
+    found = self._predictions(params, batch, None, regularized=False)
+    losses, hits = (jnp.mean(found[name], axis=2) for name in ('cross_entropy', 'hits'))
     measures = {'loss': losses[-1], 'token_accuracy': hits[-1]}
     return measures | {
       f'loss_after_{layer + 1}': loss for layer, loss in zip(self._predicting()[:-1], losses)
@@ -301,28 +348,50 @@ class GeneratorObjective(base.Objective):
       return [self.model.decoder_layers - 1]
     return [layer for layer, weight in enumerate(self.depth_loss_weights) if weight > 0]
 
-  def _losses(
-    self, params: base.Params, batch: base.Batch, dropout_keys: layers.DropoutKeys | None
-  ) -> tuple[Float[Array, 'layers batch tokens'], Float[Array, 'layers batch tokens']]:
-    """Returns losses and hits (1 for a correct prediction) of the layers with a weight."""
+  def _predictions(
+    self,
+    params: base.Params,
+    batch: base.Batch,
+    dropout_keys: layers.DropoutKeys | None,
+    regularized: bool,
+  ) -> dict[str, Float[Array, 'layers batch tokens']]:
+    """Returns the results of `_of_logits` for the layers with a weight."""
     model = parti.Parti(self.model)
     apply: Callable[..., Any] = functools.partial(model.apply, {'params': params})
     features = batch['text_features'] if self.text_features else None
     inputs = batch['encoder_input_tokens'], batch['decoder_target_tokens'], dropout_keys, features
     if self.depth_loss_weights is None:
-      losses, hits = self._of_logits(apply(*inputs), batch)
-      return losses[None], hits[None]
+      found = self._of_logits(apply(*inputs), batch, regularized)
+      return {name: values[None] for name, values in found.items()}
 
     def of_layer(
       outputs: Float[Array, 'batch tokens embed'],
-    ) -> tuple[Float[Array, 'batch tokens'], Float[Array, 'batch tokens']]:
-      return self._of_logits(apply(outputs, method='logits_from'), batch)
+    ) -> dict[str, Float[Array, 'batch tokens']]:
+      return self._of_logits(apply(outputs, method='logits_from'), batch, regularized)
 
     # One layer after another: the logits of all layers would not fit in memory.
     outputs = apply(*inputs, method='all_layer_outputs')[np.array(self._predicting())]
     return jax.lax.map(layer_stack.remat(of_layer, self.model.remat), outputs)
 
   def _of_logits(
-    self, logits: Float[Array, 'batch tokens codebook'], batch: base.Batch
-  ) -> tuple[Float[Array, 'batch tokens'], Float[Array, 'batch tokens']]:
-    return layers.cross_entropy(logits, batch['decoder_target_tokens'])
+    self, logits: Float[Array, 'batch tokens codebook'], batch: base.Batch, regularized: bool
+  ) -> dict[str, Float[Array, 'batch tokens']]:
+    """Returns the terms of the loss at each token, and 'hits': 1 for a correct prediction.
+
+    Args:
+      logits: the logits, which may be split over devices along the codebook.
+      batch: the batch.
+      regularized: whether to include the terms 'z_loss' and 'smoothing_loss' that are on.
+    """
+    losses, hits = layers.cross_entropy(logits, batch['decoder_target_tokens'])
+    found = {'cross_entropy': losses, 'hits': hits}
+    if not regularized or not (self.z_loss_weight or self.label_smoothing):
+      return found
+    # Sums over the codebook only, which need not gather the logits of all devices.
+    log_normalizer = jax.nn.logsumexp(logits, axis=-1)
+    if self.z_loss_weight:
+      found['z_loss'] = self.z_loss_weight * jnp.square(log_normalizer)
+    if self.label_smoothing:
+      of_even_targets = log_normalizer - jnp.mean(logits, axis=-1)
+      found['smoothing_loss'] = self.label_smoothing * (of_even_targets - losses)
+    return found

@@ -307,11 +307,7 @@ class TokenizerObjective(base.Objective):
     if self.adversarial_weight:
       statistics['r1'] = jnp.zeros((), jnp.float32)
     if self.ema:
-      params = nn.meta.unbox(jax.eval_shape(self.init, jax.random.key(0)))
-      statistics['average'] = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-        {name: params[name] for name in PARTS if name in params},
-      )
+      statistics['average'] = state_lib.initial_average(self.init, PARTS)
     return statistics
 
   def loss(
@@ -497,12 +493,7 @@ class TokenizerObjective(base.Objective):
       statistics['r1'] = jnp.where(due, aux['metrics']['r1'], statistics['r1'])
       metrics['r1'] = statistics['r1']
     if self.ema:
-      average = state_lib.update_average(
-        statistics['average'],
-        {name: params[name] for name in statistics['average']},
-        step,
-        self.ema,
-      )
+      average = state_lib.update_average(statistics['average'], params, step, self.ema)
       if revived is not None:  # The averages of revived codes start again.
         old = average['quantizer']['codebook']['table']
         table = jnp.where(revived[:, None], params['quantizer']['codebook']['table'], old)
