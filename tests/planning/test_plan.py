@@ -343,7 +343,9 @@ def test_a_sampling_step_on_a_tpu_moves_parameters_and_cache_once(
   assert plan['memory']['outputs'] == pytest.approx(cache, rel=0.01)
   assert plan['memory']['aliased'] == pytest.approx(cache, rel=0.01)
   # In addition, writing a position takes a tile of 128; with padded heads it would be over 2.
-  assert 0.9 < plan['bytes']['ratio'] < 1.5
+  # Half of the int8 caches also pass through the chip's own memory and back. All of them would, with
+  # a ratio of 1.95, if the step read them after it writes.
+  assert 0.9 < plan['bytes']['ratio'] < (1.5 if cache_dtype == 'float' else 1.7)
 
 
 @pytest.mark.tpu_compile

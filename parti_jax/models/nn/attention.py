@@ -38,6 +38,10 @@ _BLOCK = {'global': 256, 'conv': 128}
 # for TPUs moves them to the chip's own memory and back. With few slots that is the faster way: it
 # moves 5% less for the 20B's 166 slots, but 25% more for 1,024.
 _READ_FIRST_FROM = 512
+# Int8 caches of at least this many slots are read before a position is written. After the write, XLA
+# for TPUs moves them to the chip's own memory and back. With few slots that is the faster way: it
+# moves 5% less for the 20B's 166 slots, but 25% more for 1,024.
+_READ_FIRST_FROM = 512
 
 # Keys and values of one layer's cache, with heads before positions. Each head's matrix is then
 # contiguous in memory, and a sampling step reads the cache without transposing a copy of it.
@@ -237,10 +241,23 @@ def attend_cached(
 
   The scales of int8 keys multiply the scores, those of values the weights.
   """
+  return _mean(query, _masked_softmax(_scores(query, keys), mask), values)
+
+
+def _scores(
+  query: Float[Array, 'batch length heads head_dim'], keys: CachePart
+) -> Float[Array, 'batch heads length key_length']:
   scale = query.shape[-1] ** -0.5
   numbers = _numbers(keys, query)
   scores = jnp.einsum('bqhd,bhkd->bhqk', query * scale, numbers, preferred_element_type=jnp.float32)
-  weights = _masked_softmax(_scaled(scores, keys), mask)
+  return _scaled(scores, keys)
+
+
+def _mean(
+  query: Float[Array, 'batch length heads head_dim'],
+  weights: Float[Array, 'batch heads length key_length'],
+  values: CachePart,
+) -> Float[Array, 'batch length heads head_dim']:
   weights = _scaled(weights, values).astype(query.dtype)
   return jnp.einsum('bhqk,bhkd->bqhd', weights, _numbers(values, query))
 
@@ -383,6 +400,41 @@ def read_cache(
     at = first + jnp.arange(count)
     cache = jax.tree.map(lambda part: jnp.take(part, at, axis=2, mode='clip'), cache)
   return *cache, visible
+
+
+def attend_before_write(
+  query: Float[Array, 'batch 1 heads head_dim'],
+  key: Float[Array, 'batch 1 heads head_dim'],
+  value: Float[Array, 'batch 1 heads head_dim'],
+  cache: KeysValues,
+  position: Int[Array, ''] | Int[Array, 'batch'],
+  pattern: attention_patterns.AttentionPattern,
+) -> Float[Array, 'batch 1 heads head_dim']:
+  """Attends from a single position that the cache doesn't hold yet.
+
+  Args:
+    query: the query of the position.
+    key: its key.
+    value: its value.
+    cache: keys and values of the earlier positions.
+    position: the position, in all rows or in each.
+    pattern: the pattern of the layer.
+
+  Returns:
+    What `attend_cached` returns for `read_cache` after `write_cache`, except for rounding.
+  """
+  keys, values, visible = read_cache(cache, position, pattern)
+  num_slots, each = _num_slots(cache), position[:, None] if position.ndim else position
+  first = pattern.read(each, num_slots)[0]
+  # The slot of the position itself still holds what it will overwrite.
+  own = first + jnp.arange(visible.shape[-1]) == pattern.slot_of(each, num_slots)
+  visible &= ~own[:, None, None] if position.ndim else ~own
+  new_key, new_value = (_in_form_of(*parts) for parts in zip(cache, (key, value)))
+  old = jnp.where(visible, _scores(query, keys), jnp.finfo(jnp.float32).min)
+  scores = jnp.concatenate([old, _scores(query, new_key)], axis=-1)
+  weights = jax.nn.softmax(scores, axis=-1)
+  new = _mean(query, weights[..., -1:], new_value)
+  return _mean(query, weights[..., :-1], values) + new
 
 
 def read_cache_and_chunk(
@@ -567,6 +619,12 @@ class PatternedSelfAttention(_SelfProjections):
       The output of attention, and the cache with the positions of x.
     """
     query, key, value = self.project(x, position)
+    quantized = isinstance(cache[0], quantization.QuantizedVectors)
+    if x.shape[1] == 1 and quantized and _num_slots(cache) >= _READ_FIRST_FROM:
+      attended = attend_before_write(query, key, value, cache, position, pattern)
+      attended, key, value = jax.lax.optimization_barrier((attended, key, value))
+      updated = write_cache(cache, key, value, position, pattern)
+      return self.project_out(attended), updated
     updated = write_cache(cache, key, value, position, pattern)
     if x.shape[1] == 1:
       return self.attend_from_cache(query, updated, position, pattern), updated
