@@ -336,6 +336,8 @@ class ContinuousSampler:
       ]
     except Exception as error:
       self._fail(drawn.requests, error)
+      if not self._taken():  # Those who come next get slots that no failed call has computed.
+        self._slots = self._reached = None
       return
     for result in results:
       request = drawn.requests.pop(0)

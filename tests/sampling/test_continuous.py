@@ -217,6 +217,25 @@ def test_after_an_error_of_the_batch_later_pictures_are_sampled(
   check_same(turns(sampler, JOINS[:1]), expected[:1])
 
 
+def test_an_error_of_the_last_picture_does_not_reach_the_next_ones(
+  model, expected, without_thread, monkeypatch
+):
+  sampler = continuous.ContinuousSampler(model, 3, 9)
+  lost = sampler.submit('blue ball')
+  sampler._turn()
+  assert (len(sampler._drawn), sampler.running) == (1, 0)
+
+  def deleted(part):
+    part.delete()  # Stands for what a failed call has left: any use of it is an error.
+    return part
+
+  jax.tree.map(deleted, (sampler._slots, sampler._drawn[0].arrays))
+  sampler._turn()
+  with pytest.raises(RuntimeError, match='deleted'):
+    lost.result(0)
+  check_same(turns(sampler, JOINS[:1]), expected[:1])
+
+
 def test_an_error_before_pictures_have_joined_reaches_all_of_them(
   model, without_thread, monkeypatch
 ):
