@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
+from typing import NoReturn
 
 import parti_jax
 from parti_jax.core import garbage
@@ -86,6 +87,17 @@ COMMANDS = {
 _GIN_FLAG = '--gin.'
 # Seconds that a process may take to end after an exception; then it is ended with status 1.
 _SECONDS_TO_END = 20.0
+
+
+class _Parser(argparse.ArgumentParser):
+  """A parser whose errors are one line, with the flags that an unknown one is close to."""
+
+  def error(self, message: str) -> NoReturn:
+    _, _, unknown = message.partition('unrecognized arguments: ')
+    flag = unknown.partition('=')[0].partition(' ')[0]
+    near = difflib.get_close_matches(flag, self._option_string_actions, n=3, cutoff=0.7)
+    hint = f'did you mean {" or ".join(near)}? ' if near else ''
+    self.exit(2, f'{self.prog}: error: {message}; {hint}see {self.prog} --help\n')
 
 
 def split_gin_bindings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -206,7 +218,7 @@ def _run(argv: Sequence[str]) -> int:
   if not argv or argv[0].startswith('-'):
     parser = _main_parser()
     parser.parse_args(argv)
-    parser.error('no command given; see parti-jax --help')
+    parser.error('no command given')
   name, *arguments = argv
   if name not in COMMANDS:
     raise UserError(f'unknown command {name!r}; ' + _nearest_commands(name))
@@ -214,9 +226,7 @@ def _run(argv: Sequence[str]) -> int:
   module = importlib.import_module(module_name)
   if not getattr(module, 'SHORT', False):
     garbage.resume()
-  parser = argparse.ArgumentParser(
-    prog=f'parti-jax {name}', description=_description(summary), allow_abbrev=False
-  )
+  parser = _Parser(prog=f'parti-jax {name}', description=_description(summary), allow_abbrev=False)
   module.add_arguments(parser)
   if getattr(module, 'OTHER_FLAGS', False):
     args, other_flags = parser.parse_known_args(arguments)
@@ -252,10 +262,10 @@ def _check_outputs(args: argparse.Namespace, urls: bool):
 def _main_parser() -> argparse.ArgumentParser:
   width = max(map(len, COMMANDS))
   table = [f'  {name:{width}}  {summary}' for name, (_, summary) in COMMANDS.items()]
-  parser = argparse.ArgumentParser(
+  parser = _Parser(
     prog='parti-jax',
     usage='parti-jax COMMAND [ARGUMENTS]',
-    description=parti_jax.__doc__,
+    description=(parti_jax.__doc__ or '').partition('\n')[0],
     formatter_class=argparse.RawDescriptionHelpFormatter,
     epilog='\n'.join(
       [

@@ -42,6 +42,22 @@ def test_help_lists_all_commands(capsys):
   printed = capsys.readouterr().out
   for name, (_, summary) in main.COMMANDS.items():
     assert f'  {name}' in printed and summary in printed
+  assert 'in JAX and Flax.' in printed and 'imported' not in printed
+
+
+@pytest.mark.parametrize(
+  'argument, reason',
+  [
+    ('--numbr=2', 'unrecognized arguments: --numbr=2; did you mean --number? see'),
+    ('more', 'unrecognized arguments: more; see'),
+    ('--number=x', "argument --number: invalid int value: 'x'; see"),
+  ],
+)
+def test_errors_of_flags_are_one_line(command, capsys, argument, reason):
+  del command
+  assert main.main(['echo', argument]) == 2
+  message = f'parti-jax echo: error: {reason} parti-jax echo --help\n'
+  assert capsys.readouterr().err == message
 
 
 def test_help_of_a_command(command, capsys):
