@@ -281,6 +281,30 @@ def test_these_do_without(names, unwanted):
   assert done.returncode == 0, done.stderr
 
 
+# These belong to other commands, which import them.
+_OTHER_GIN_NAMES = {'parti_jax.preparation.settings'}
+_REGISTERS = re.compile(r'^@(gin|checks|config_checks)\.configurable|^gin\.external', re.MULTILINE)
+
+
+@pytest.mark.process
+def test_all_gin_names_are_registered_before_gin_is_parsed():
+  """A module that registers a name later fails: gin is locked then."""
+  registering = {
+    '.'.join(('parti_jax', *path.relative_to(PACKAGE).with_suffix('').parts)).removesuffix(
+      '.__init__'
+    )
+    for path in _modules()
+    if _part(path) != 't5x' and _REGISTERS.search(path.read_text(encoding='utf-8'))
+  }
+  assert 'parti_jax.partitioning.compiler_options' in registering
+  code = (
+    'import sys; import parti_jax.data.datasets, parti_jax.training.configurables; '
+    'print(*sys.modules)'
+  )
+  loaded = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+  assert registering <= {*loaded.stdout.split(), *_OTHER_GIN_NAMES}
+
+
 @pytest.mark.parametrize('name', sorted(main.COMMANDS))
 def test_every_command_has_its_module(name):
   assert importlib.util.find_spec(main.COMMANDS[name][0]) is not None

@@ -4,6 +4,8 @@
 """
 
 from parti_jax.data import mixtures
+from parti_jax.partitioning import compiler_options
+from parti_jax.partitioning import mesh
 from parti_jax.training import config
 from parti_jax.training import optimizers
 from parti_jax.training.objectives import generator_objective
