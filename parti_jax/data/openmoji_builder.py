@@ -7,12 +7,12 @@ It downloads nothing: the pictures are rendered from the installed package `open
 
 import io
 
-import tensorflow_datasets as tfds
 from absl import logging
 from PIL import Image
 
 from parti_jax.core.errors import UserError
 from parti_jax.data import openmoji
+from parti_jax.data.quiet_tfds import tfds
 
 _DESCRIPTION = """\
 OpenMoji's pictures with English captions, drawn on white. The caption is the picture's name, then

@@ -7,13 +7,13 @@ It downloads nothing: the scenes are rendered from the installed package `openmo
 
 import io
 
-import tensorflow_datasets as tfds
 from PIL import Image
 
 from parti_jax.core.errors import UserError
 from parti_jax.data import openmoji
 from parti_jax.data import openmoji_grammar
 from parti_jax.data import openmoji_scenes
+from parti_jax.data.quiet_tfds import tfds
 
 _DESCRIPTION = """\
 Scenes of one to five OpenMoji drawings on a ground of one color, with captions from a grammar: "a

@@ -6,11 +6,11 @@ that JAX needs.
 """
 
 import os
-import sys
 
 from parti_jax.core import native_notes
 from parti_jax.core import optional_packages
 from parti_jax.core.errors import UserError
+from parti_jax.data.quiet_tfds import tfds
 
 __all__ = ['seqio', 'tf', 'tfds']
 
@@ -22,9 +22,5 @@ try:
 
     tf.config.set_visible_devices([], 'GPU')
     import seqio
-    import tensorflow_datasets as tfds
 except ImportError as error:
   raise UserError(optional_packages.missing_extra(error) or str(error)) from error
-
-if not sys.stderr.isatty():
-  tfds.disable_progress_bar()

@@ -4,6 +4,8 @@ import collections
 import json
 import logging
 import shutil
+import subprocess
+import sys
 
 import gin
 import numpy as np
@@ -141,3 +143,15 @@ def test_the_first_versions_pictures_are_not_used(copy):
     patch.setattr(openmoji, 'pixels_digest', lambda: pytest.fail('drawn', pytrace=False))
     with pytest.raises(pytest.fail.Exception, match='drawn'):
       _train(copy[0])
+
+
+@pytest.mark.process
+def test_other_programs_see_neither_bars_nor_notes(tmp_path):
+  code = (
+    'import sys; from parti_jax.data import openmoji_builder; '
+    'from tensorflow_datasets.core.utils import tqdm_utils; '
+    'openmoji_builder.at_size(16, sys.argv[1]); list(tqdm_utils.tqdm([1, 2]))'
+  )
+  command = [sys.executable, '-c', code, str(tmp_path)]
+  done = subprocess.run(command, capture_output=True, text=True, check=True)
+  assert 'custom data' not in done.stderr and '2/2' not in done.stderr

@@ -138,7 +138,7 @@ def read_split(builder, name: str, split: str):
   Raises:
     UserError: the split doesn't exist.
   """
-  import tensorflow_datasets as tfds
+  from parti_jax.data.quiet_tfds import tfds
 
   try:
     return builder.as_data_source(split=split, decoders={'image': tfds.decode.SkipDecoding()})
