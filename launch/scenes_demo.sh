@@ -12,7 +12,7 @@
 #                               each (default: the steps of the gin files)
 #   --tokenizer_steps=N, --second_phase_steps=N, --generator_steps=N, --ranker_steps=N,
 #   --super_resolution_steps=N  training steps of a part, instead of --minutes
-#   --tokenizer=KIND            vqgan (default) or vit_vqgan
+#   --tokenizer=KIND            vit_vqgan (default) or vqgan
 #   --second_phase=KIND         decoder (default), adversarial or none
 #   --smoke                     tiny networks and pictures, a few steps each: tests that all steps run
 #   --gin.NAME=VALUE            a gin value of all training runs, or of the data (openmoji, openmoji_scenes)
@@ -32,7 +32,7 @@ declare -A shares=(
 timed_steps=30
 least_free_kilobytes=3000000
 
-output_dir=runs/scenes minutes='' tokenizer=vqgan second_phase=decoder smoke=''
+output_dir=runs/scenes minutes='' tokenizer=vit_vqgan second_phase=decoder smoke=''
 declare -A steps=()
 data_flags=() train_flags=() settings=()
 for argument in "$@"; do
@@ -45,8 +45,8 @@ for argument in "$@"; do
       [[ $value =~ ^[1-9][0-9]{0,7}$ ]] || fail "$argument: not a number of steps, such as 2000"
       part=${argument%%_steps=*}
       steps[${part#--}]=$value ;;
-    --tokenizer=vqgan | --tokenizer=vit_vqgan) tokenizer=$value ;;
-    --tokenizer=*) fail "$argument: choose vqgan or vit_vqgan" ;;
+    --tokenizer=vit_vqgan | --tokenizer=vqgan) tokenizer=$value ;;
+    --tokenizer=*) fail "$argument: choose vit_vqgan or vqgan" ;;
     --second_phase=decoder | --second_phase=adversarial | --second_phase=none) second_phase=$value ;;
     --second_phase=*) fail "$argument: choose decoder, adversarial or none" ;;
     --smoke) smoke=yes ;;
@@ -168,7 +168,7 @@ flags_of() {
   [[ -z $smoke ]] || flags+=('--gin_file=gin_configs/recipes/scenes_smoke.gin')
   case $1 in
     tokenizer | second_phase)
-      [[ $tokenizer == vqgan ]] || flags+=('--gin.TokenizerObjective.model=@ViTVQGANConfig()') ;;&
+      [[ $tokenizer == vit_vqgan ]] || flags+=('--gin.TokenizerObjective.model=@VQGANConfig()') ;;&
     second_phase) flags+=("--gin.TokenizerObjective.first_phase='$output_dir/tokenizer'") ;;
     generator)
       flags+=(

@@ -218,7 +218,7 @@ def test_minutes_become_steps_by_timing_and_stay_so(checkout):
 def test_flags_reach_the_steps_that_they_are_of(checkout):
   done = _run(
     checkout,
-    '--tokenizer=vit_vqgan',
+    '--tokenizer=vqgan',
     '--second_phase=none',
     '--generator_steps=70',
     '--gin.NAMES_RATE=0.5',
@@ -228,7 +228,7 @@ def test_flags_reach_the_steps_that_they_are_of(checkout):
   calls = _calls(checkout)
   trained = {call[-1].rpartition('/')[2]: _gin(call) for call in calls if call[0] == 'train'}
   assert list(trained) == ['tokenizer', 'generator', 'ranker', 'super_resolution']
-  assert trained['tokenizer']['TokenizerObjective.model'] == '@ViTVQGANConfig()'
+  assert trained['tokenizer']['TokenizerObjective.model'] == '@VQGANConfig()'
   assert [part['train.steps'] for part in trained.values() if 'train.steps' in part] == ['70']
   assert all(part['make_mesh.data'] == '1' for part in trained.values())
   assert trained['ranker']['RankerObjective.tokenizer'] == "'OUT/tokenizer'"
@@ -249,7 +249,7 @@ def test_flags_reach_the_steps_that_they_are_of(checkout):
     (['--minutes=1.5'], '--minutes=1.5: not a whole number from 1'),
     (['--ranker_steps=-1'], '--ranker_steps=-1: not a number of steps'),
     (['--minutes=9', '--ranker_steps=1'], 'give either --minutes or numbers of steps'),
-    (['--tokenizer=vqvae'], '--tokenizer=vqvae: choose vqgan or vit_vqgan'),
+    (['--tokenizer=vqvae'], '--tokenizer=vqvae: choose vit_vqgan or vqgan'),
     (['--second_phase=gan'], '--second_phase=gan: choose decoder, adversarial or none'),
     (['--gin.train.steps'], '--gin.train.steps: unknown flag'),
   ],
@@ -271,7 +271,7 @@ def test_a_folder_that_was_begun_with_other_flags_is_refused(checkout):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('tokenizer', ['vqgan', 'vit_vqgan'])
+@pytest.mark.parametrize('tokenizer', ['vit_vqgan', 'vqgan'])
 def test_the_whole_chain_for_real(checkout, tmp_path, tokenizer):
   """With tiny networks; the second time it finds everything done."""
   command = checkout / '.venv' / 'bin' / 'parti-jax'
@@ -281,7 +281,7 @@ def test_the_whole_chain_for_real(checkout, tmp_path, tokenizer):
   flags = [
     '--smoke',
     f'--tokenizer={tokenizer}',
-    '--second_phase=adversarial' if tokenizer == 'vit_vqgan' else '--second_phase=decoder',
+    '--second_phase=adversarial' if tokenizer == 'vqgan' else '--second_phase=decoder',
     f"--gin.openmoji.data_dir='{tmp_path / 'data'}'",
     f"--gin.openmoji_scenes.data_dir='{tmp_path / 'data'}'",
   ]

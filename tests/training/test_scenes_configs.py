@@ -21,11 +21,11 @@ from parti_jax.training import configurables  # noqa: F401
 from parti_jax.training.objectives import frozen_tokenizer
 
 SMOKE = 'gin_configs/recipes/scenes_smoke.gin'
-KINDS = {'vqgan': [], 'vit_vqgan': ['TokenizerObjective.model = @ViTVQGANConfig()']}
+KINDS = {'vit_vqgan': [], 'vqgan': ['TokenizerObjective.model = @VQGANConfig()']}
 SCRIPT = gin_config.folder().parent / 'launch' / 'scenes_demo.sh'
 
 
-def _objective(run, kind='vqgan', smoke=False):
+def _objective(run, kind='vit_vqgan', smoke=False):
   files = [f'gin_configs/runs/scenes_{run}.gin'] + smoke * [SMOKE]
   bindings = KINDS[kind] if run != 'generator' else []
   if smoke and run == 'super_resolution':
