@@ -65,6 +65,8 @@ class Journal:
     self._retries: dict[str, int] = {}
     self._lock = threading.Lock()
     self._started, self._progress_due = time.monotonic(), 0.0
+    # The newest progress, while it is not written.
+    self._progress: tuple[str, dict[str, Any]] | None = None
 
   def write(self, event: str, text: str = '', every_process: bool = False, **facts: Any) -> None:
     """Writes one event. If the disk or connection fails, prints a warning once and doesn't raise.
@@ -82,8 +84,8 @@ class Journal:
     facts = {name: plain(value) for name, value in facts.items()}
     if self._process:
       facts['process'] = self._process
-    text = text or ', '.join([event, *(f'{name} {value}' for name, value in facts.items())])
-    record = {'time': f'{_now():%Y-%m-%d %H:%M:%S}', 'text': text, 'event': event} | facts
+    text = text or _as_text(event, facts)
+    record = {'time': _time(), 'text': text, 'event': event} | facts
     with self._lock:
       self._lines.append(json.dumps(record, ensure_ascii=False) + '\n')
       try:
@@ -158,17 +160,24 @@ class Journal:
   def progress(self, step: int, metrics: dict[str, float]) -> None:
     """Writes how far the run is, often in the first minutes and then every ten minutes.
 
+    The newest progress is also written when the run ends.
+
     Args:
       step: steps done.
       metrics: the latest metrics, of which 'loss' and 'examples_per_second' are written.
     """
     elapsed = time.monotonic() - self._started
+    kept = {name: metrics[name] for name in ('loss', 'examples_per_second') if name in metrics}
+    self._progress = _time(), {'step': step, **kept}
     if elapsed >= self._progress_due:
       self._progress_due = elapsed + min(600.0, max(10.0, elapsed / 10))
-      kept: dict[str, Any] = {
-        name: metrics[name] for name in ('loss', 'examples_per_second') if name in metrics
-      }
-      self.write('progress', step=step, **kept)
+      self._write_progress()
+
+  def _write_progress(self) -> None:
+    if self._progress is not None:
+      when, facts = self._progress
+      self.write('progress', _as_text('progress', facts), time=when, **facts)
+      self._progress = None
 
   def __enter__(self) -> Journal:
     return self
@@ -187,6 +196,7 @@ class Journal:
       reason, text, facts = 'error', message, {'error': message}
     # An error before anything was done isn't part of a run yet.
     if self._begun or self._is_a_run():
+      self._write_progress()
       where = f' at step {self.step}' if self.step is not None else ''
       self.write(
         'stop',
@@ -230,6 +240,14 @@ def plain(value: Any) -> Any:
 
 def _now() -> datetime.datetime:
   return datetime.datetime.now(datetime.UTC)
+
+
+def _time() -> str:
+  return f'{_now():%Y-%m-%d %H:%M:%S}'
+
+
+def _as_text(event: str, facts: dict[str, Any]) -> str:
+  return ', '.join([event, *(f'{name} {value}' for name, value in facts.items())])
 
 
 def _in_a_file_name(text: str) -> str:

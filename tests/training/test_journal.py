@@ -145,3 +145,12 @@ def test_the_environment_has_no_secrets(monkeypatch):
     'seqio',
   } <= set(found['versions'])
   assert found['devices'] == {'kind': 'cpu', 'count': 8, 'platform': 'cpu'}
+
+
+def test_the_last_progress_is_written_at_the_end(tmp_path):
+  with journal_lib.Journal(tmp_path) as journal:
+    for step in (10, 20, 30):
+      journal.progress(step, {'loss': 1 / step})
+  records = _records(tmp_path)
+  assert [record['event'] for record in records] == ['progress', 'progress', 'stop']
+  assert (records[1]['step'], records[1]['loss']) == (30, 1 / 30)
