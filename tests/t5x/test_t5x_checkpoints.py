@@ -69,6 +69,7 @@ STATES = {
   'adamw': (_generator, optimizers.adamw),
   'tokenizer': (lambda: tokenizer_objective.TokenizerObjective(TOKENIZER), optimizers.adafactor),
   'adversarial': (_adversarial_tokenizer, optimizers.adamw),
+  'average': (lambda: dataclasses.replace(_generator(), ema=0.9), optimizers.muon),
 }
 
 
