@@ -355,11 +355,21 @@ def check_same_model(path, saved: dict, wanted: dict):
       }
     return list(value) if isinstance(value, (tuple, list)) else value
 
-  differing = [
-    f'{key} is {saved_config.get(key)} there and {value} here'
-    for key, value in wanted['config'].items()
-    if key not in config_checks.FREE_SETTINGS and plain(saved_config.get(key)) != plain(value)
-  ]
+  def differences(
+    theirs: Mapping[str, Any], ours: Mapping[str, Any], prefix: str = ''
+  ) -> list[str]:
+    found = []
+    for key, value in ours.items():
+      other = theirs.get(key)
+      if key in config_checks.FREE_SETTINGS or plain(other) == plain(value):
+        continue
+      if isinstance(value, Mapping) and isinstance(other, Mapping) and value.keys() == other.keys():
+        found += differences(other, value, f'{prefix}{key}.')
+      else:
+        found.append(f'{prefix}{key} is {other} there and {value} here')
+    return found
+
+  differing = differences(saved_config, wanted['config'])
   if differing:
     raise errors.UserError(
       f'{path}: has another configuration: {"; ".join(differing)}; train in '

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from parti_jax.checkpoints import run_checkpoints
@@ -79,6 +80,10 @@ def run(args: argparse.Namespace) -> int:
   made_with = {name: part.made_with for name, part in parts.items()}
   if base:
     made_with |= _made_with_base(base, [name for name in parts if not getattr(args, name)])
+  vocabulary = base and base.vocabulary_path
+  if args.vocabulary:
+    vocabulary = _vocabulary(args.vocabulary)
+    provenance |= _text_encoder_origin(args.vocabulary, made_with['generator'])
   generator, tokenizer = (parts.pop(name) for name in model_folder.REQUIRED)
   folder = model_folder.save(
     args.output_dir,
@@ -87,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     tokenizer_config=tokenizer.config,
     tokenizer_params=tokenizer.params,
     parts=parts,
-    vocabulary_path=_vocabulary(args.vocabulary) if args.vocabulary else base.vocabulary_path,
+    vocabulary_path=vocabulary,
     sampling=sampling,
     dtype=args.dtype or (base.stored_as if base else 'float16'),
     overwrite=args.overwrite,
@@ -133,6 +138,15 @@ def _vocabulary(path: str) -> str:
     f'--vocabulary={path}: the folder has none of {", ".join(names)}; give the file of the text '
     'tokenizer, or the folder of an imported text encoder'
   )
+
+
+def _text_encoder_origin(folder: str, made_with: Mapping[str, str]) -> dict[str, Any]:
+  """Returns the origin of the generator's text encoder, if this is the folder that it came from."""
+  if not storage.exists(storage.join(folder, model_folder.CONFIG_FILE)):
+    return {}
+  origin = model_folder.part_provenance('text_encoder', folder)
+  found = fingerprints.of_origin(origin.get('text_encoder'))
+  return origin if found and found == made_with.get('text_encoder') else {}
 
 
 def _part(name: str, folder, provenance: dict[str, Any]) -> model_folder.Part:

@@ -1,4 +1,4 @@
-"""Fingerprints identify the vocabulary and image tokenizer that an artifact was made with.
+"""Fingerprints identify the vocabulary, tokenizer and text encoder that an artifact was made with.
 
 Token ids are meaningless without the vocabulary or tokenizer that produced them. A model given ids
 of another one raises no error, but samples something else. So each artifact stores the
@@ -12,7 +12,9 @@ fingerprints of what it was made with, and code that combines two artifacts comp
 
 A vocabulary's fingerprint is a digest of its file. A tokenizer's fingerprint is a digest of the
 encoder, the codebook and the settings that determine tokens: further training of the decoder alone
-doesn't change the tokens.
+doesn't change the tokens. The fingerprint of an imported text encoder is a digest of the public files
+that it was read from. A run's checkpoints and an exported generator have that of the text encoder
+that the generator began with, and have it in their parameters.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from typing import NamedTuple
 
 from parti_jax.core import errors
 
-KINDS = ('vocabulary', 'tokenizer')
+KINDS = ('vocabulary', 'tokenizer', 'text_encoder')
 # The parameters of a tokenizer, and those of them that determine an image's tokens.
 TOKENIZER_PARTS = ('encoder', 'quantizer', 'decoder')
 _MAKES_TOKENS = ('encoder', 'quantizer')
@@ -73,6 +75,16 @@ def of_vocabulary(model: bytes) -> str:
   return hashlib.sha256(model).hexdigest()[:16]
 
 
+def of_origin(origin: Any) -> str | None:
+  """Returns the fingerprint of imported weights, 16 hexadecimal digits, from the SHA-256 of files.
+
+  Args:
+    origin: what `parti-jax import` keeps about their origin; anything else has no fingerprint.
+  """
+  digest = origin.get('sha256') if isinstance(origin, Mapping) else None
+  return digest[:16] if isinstance(digest, str) and digest else None
+
+
 class Fingerprint(NamedTuple):
   """A fingerprint and the artifact that it belongs to.
 
@@ -118,7 +130,7 @@ def mismatches(
     theirs, ours = made_with.get(kind), given.get(kind)
     if theirs and ours and theirs.value != ours.value:
       found.append(
-        f'{theirs.name} was made with the {kind} {theirs.value}, but {ours.name} has '
+        f'{theirs.name} was made with the {kind.replace("_", " ")} {theirs.value}, but {ours.name} has '
         f'{ours.value}; {remedies[kind]}'
       )
   return found

@@ -61,7 +61,12 @@ def caption_ids(
   if vocabulary.is_empty(ids) and not cut:
     # The vocabulary drops all its characters; it would look like a text that guidance drops.
     raise captions.UnusableCaption('no caption')
-  return ids, text, changes + ([f'caption cut to {length} tokens'] if cut else [])
+  return ids, text, changes + ([cut_note(length)] if cut else [])
+
+
+def cut_note(length: int) -> str:
+  """Returns the note of `caption_ids` for a caption that does not fit."""
+  return f'caption cut to {length} tokens'
 
 
 def empty_text(

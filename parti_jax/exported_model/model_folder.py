@@ -107,6 +107,8 @@ OPTIONAL = {
 # A network that a model has within its generator, and a folder of `save_part` has by itself.
 ALONE = {'text_encoder': _network(text_encoders.KINDS)}
 NETWORKS = REQUIRED | OPTIONAL | ALONE
+# Their names in messages, where these are others.
+_SHOWN = {'super_resolution': 'super-resolution network', 'text_encoder': 'text encoder'}
 
 FILES = (CONFIG_FILE, *map(parameter_file, REQUIRED), VOCABULARY_FILE)
 # Includes the files of models of version 1 of the format.
@@ -389,6 +391,8 @@ def load(folder) -> Model:
   _check_complete(folder, [CONFIG_FILE])
   where = folder / CONFIG_FILE
   config = model_config.read(where)
+  if any(name in config for name in NETWORKS):  # Else it is damaged.
+    _check_has(file_names.stored_name('generator', config), config, folder)
   optional = [
     name for name in OPTIONAL if name in config or (folder / parameter_file(name)).exists()
   ]
@@ -459,8 +463,7 @@ def load_part(name: str, folder) -> Part:
   _check_complete(folder, [CONFIG_FILE])
   where = folder / CONFIG_FILE
   config = model_config.read(where)
-  if name not in config and not (folder / parameter_file(name)).exists():
-    raise UserError(f'the folder {folder} has no {name}; give one that has')
+  _check_has(name, config, folder)
   _check_complete(folder, [parameter_file(name)])
   inputs = model_config.inputs(config, name, where)
   dtype = _compute_dtype(inputs)
@@ -482,7 +485,20 @@ def part_config(name: str, folder) -> Any:
   _check_complete(folder, [CONFIG_FILE])
   where = folder / CONFIG_FILE
   config = model_config.read(where)
+  _check_has(name, config, folder)
   return model_config.sizes(NETWORKS[name].kinds, config, name, _compute_dtype(), where)
+
+
+def _check_has(name: str, config: Mapping[str, Any], folder: pathlib.Path) -> None:
+  """Raises UserError unless a folder with this config.json has a network."""
+  if name in config or (folder / parameter_file(name)).exists():
+    return
+  shown = lambda network: _SHOWN.get(network, network)
+  present = ' and '.join(f'a {shown(network)}' for network in NETWORKS if network in config)
+  raise UserError(
+    f'the folder {folder} has no {shown(name)}'
+    f'{f", only {present}" if present else ""}; give one that has'
+  )
 
 
 def load_ranker(folder) -> Part:

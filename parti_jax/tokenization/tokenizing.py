@@ -87,7 +87,8 @@ def tokenize(
   with _Ahead(read, _READ_AHEAD) as ahead, _Writing(parts, info, progress) as writing:
     for batch in ahead:
       tokens = encoder(batch.pictures.reshape(-1, *batch.pictures.shape[2:]))
-      computed.append((batch, tokens, texts and texts(batch.captions)))
+      features = texts and texts(batch.captions, batch.tallies['shortened'])
+      computed.append((batch, tokens, features))
       if len(computed) == _COMPUTED_AT_ONCE:
         writing.add(*computed.popleft())
     for batch in computed:

@@ -1,4 +1,4 @@
-"""Checks that a run keeps its text vocabulary and image tokenizer."""
+"""Checks that a run keeps its text vocabulary, image tokenizer and imported text encoder."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from parti_jax.core import fingerprints
 _REMEDIES = {
   'vocabulary': 'set vocabulary.path to the one that it was trained with',
   'tokenizer': 'set token_cache.path, or {objective}.tokenizer, to the one that it was trained with',
+  'text_encoder': 'set {objective}.text_encoder to the one that it was trained with',
 }
 
 
 class Inputs:
-  """The fingerprints of a run's vocabulary and tokenizer.
+  """The fingerprints of a run's vocabulary, tokenizer and imported text encoder.
 
   Args:
     objective: the objective of the run (`base.Objective`).
@@ -41,6 +42,7 @@ class Inputs:
     self._objective, self._allow_mismatch = type(objective).__name__, allow_mismatch
     self.warnings: list[str] = []
     self._known = {kind: found for kind, found in of_examples.items() if found}
+    self._known |= objective.sources()
     if uses_tokenizer and objective.tokenizer is not None:
       own = fingerprints.named(
         f'{self._objective}.tokenizer={objective.tokenizer!r}',

@@ -296,10 +296,13 @@ def check_vocabularies(objective: base.Objective, task: str) -> None:
   sizes = mixtures.vocabulary_sizes(task, objective.feature_lengths().get('images', 64))
   for feature, (key, size) in objective.vocabulary_sizes().items():
     found = sizes.get(feature, size)
+    way_out = f'set --gin.{key}={found}'
+    if feature == 'inputs' and objective.sources():  # The table of an imported text encoder.
+      way_out = 'set vocabulary.path to the folder of the text encoder'
     if found > size or (feature == 'targets' and found != size):
       raise errors.UserError(
         f'{key}={size}, but the task {task!r} has {found} ids in {feature!r}; '
-        f'set --gin.{key}={found}, or choose the vocabulary or the token '
+        f'{way_out}, or choose the vocabulary or the token '
         'cache that the model is for'
       )
   if datasets.is_ours(task) or mixtures.is_one(task):

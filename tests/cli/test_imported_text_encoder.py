@@ -82,6 +82,19 @@ def t5(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
+def other_t5(t5):
+  """The folder of another imported T5, of the same sizes and vocabulary."""
+  source, folder = t5.parent, t5.parent / 'other_t5'
+  rows = len(safetensors.numpy.load_file(source / 'model.safetensors')['shared.weight'])
+  arrays = {name: 0.9 * array for name, array in _t5_arrays(rows).items()}
+  safetensors.numpy.save_file(arrays, source / 'other.safetensors')
+  command = ['import', 'text_encoder', str(source / 'other.safetensors'), '--format=t5']
+  flags = [f'--vocabulary={source}/spiece.model', f'--output_dir={folder}', '--text_length=8']
+  assert main.main([*command, *flags]) == 0
+  return folder
+
+
+@pytest.fixture(scope='module')
 def clip_text(tmp_path_factory):
   """The folder of an imported text encoder of CLIP."""
   folder = tmp_path_factory.mktemp('clip')
@@ -168,18 +181,26 @@ def test_the_chain_with_a_frozen_text_encoder(request, kind, tokens, tokenizer, 
   assert _same(later['text_encoder'], part.params)
   assert not _same(later['image_decoder'], params['image_decoder'])
   export = ['export', f'--tokenizer={text_to_image.DEMO_FOLDER}', f'--generator={run}']
-  vocabulary_file = f'--vocabulary={encoder}/text_encoder_vocabulary.model'
-  flags = [vocabulary_file, '--dtype=float32', f'--output_dir={model}', '--allow_mismatch']
+  flags = ['--dtype=float32', f'--output_dir={model}', '--allow_mismatch']
+  assert main.main([*export, f'--vocabulary={run}', *flags]) == 2
+  assert f'--vocabulary={run}: the folder has none of text_enc' in capsys.readouterr().err
+  flags = [f'--vocabulary={encoder}', *flags]
   assert main.main([*export, *flags]) == 0
+  origin = json.loads((encoder / 'config.json').read_text())['provenance']['text_encoder']
+  exported = model_folder.load(model)
+  assert exported.made_with['generator']['text_encoder'] == origin['sha256'][:16]
+  assert exported.provenance['text_encoder'] == origin
   loaded = parti_jax.load(model)
   drawn = loaded.generate(['a red circle', 'a blue square'], 2, guidance_scale=2.0)
   assert drawn.images.shape[:2] == (2, 2)
   with pytest.raises(UserError, match='prompt 1 is empty'):
     loaded.generate([' '])
+  with pytest.raises(UserError, match='has no generator, only a text encoder; give one that has'):
+    parti_jax.load(encoder)
   assert main.main(['info', str(model)]) == 0
 
 
-def test_the_text_encoder_can_be_trained_along(t5, tokens, tokenizer, tmp_path):
+def test_the_text_encoder_can_be_trained_along(t5, other_t5, tokens, tokenizer, tmp_path, capsys):
   run = tmp_path / 'run'
   assert _train(t5, tokens, tokenizer, run, '--gin.GeneratorObjective.frozen=()') == 0
   _, params = _newest(run)
@@ -188,12 +209,24 @@ def test_the_text_encoder_can_be_trained_along(t5, tokens, tokenizer, tmp_path):
   table = np.asarray(params['text_encoder']['token_embedding']['table'])
   assert not np.array_equal(table, start)
   np.testing.assert_allclose(table, start, atol=0.1)  # It began there.
+  # The run has parameters of its own, so another encoder would be ignored.
+  others = ['--gin.GeneratorObjective.frozen=()', '--gin.train.steps=3']
+  assert _train(other_t5, tokens, tokenizer, run, *others) == 2
+  error = capsys.readouterr().err
+  assert f'the run {run} was made with the text encoder ' in error
+  assert f"but GeneratorObjective.text_encoder='{other_t5}' has " in error
+  assert (
+    _train(t5, tokens, tokenizer, run, *others, '--gin.imported_text_encoder.text_length=4') == 2
+  )
+  error = capsys.readouterr().err
+  assert 'text_encoder.text_length is 8 there and 4 here; train in another' in error
 
 
 @pytest.mark.parametrize(
   'settings, named',
   [
     (["--gin.TEXT_ENCODER='nothing'"], 'nothing'),
+    ([f"--gin.TEXT_ENCODER='{text_to_image.DEMO_FOLDER}'"], 'has no text encoder, only '),
     (['--gin.GeneratorObjective.text_encoder=None'], 'nothing gives parameters for text_encoder'),
     (["--gin.GeneratorObjective.frozen=('encoder',)"], "unknown parts ['encoder']"),
     (['--gin.vocabulary.path=None'], 'vocabulary'),

@@ -303,7 +303,9 @@ def test_workers_write_the_same_cache_and_go_on(
   flags = [f'--text_encoder={encoder}', '--text_length=6', '--text_features_dtype=float16']
   one, two = tmp_path / 'one', tmp_path / 'two'
   assert _tokenize(pictures, one, *flags) == 0
-  assert 'adds 24 bytes for each text token, at most 144 for' in capsys.readouterr().out
+  shown = capsys.readouterr().out
+  assert 'adds 24 bytes for each text token, at most 144 for' in shown
+  assert 'kept in part: 2 caption cut to 6 tokens' in shown
   for worker in (1, 0):
     assert _tokenize(pictures, two, *flags, f'--worker={worker}/2', '--batch_size=2') == 0
   assert _content(one) == _content(two)
@@ -311,7 +313,7 @@ def test_workers_write_the_same_cache_and_go_on(
   assert len(info['splits']['train']['shards']) == 3
   assert (info['text_features']['text_length'], info['text_features']['dtype']) == (6, 'float16')
   assert _tokenize(pictures, one, *flags) == 0
-  assert 'text token) (finished before)' in capsys.readouterr().out
+  assert 'cut to 6 tokens (finished before)' in capsys.readouterr().out
   assert _tokenize(pictures, one) == 2
   assert "holds a finished split 'train' with text_features {" in capsys.readouterr().err
   assert _content(one) == _content(two)

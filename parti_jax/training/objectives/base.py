@@ -20,6 +20,7 @@ from jaxtyping import Shaped
 from jaxtyping import UInt8
 
 from parti_jax.core import errors
+from parti_jax.core import fingerprints
 from parti_jax.data import text_features
 from parti_jax.data import text_tokenizer
 from parti_jax.models import image_tokenizers
@@ -194,6 +195,10 @@ class Objective(abc.ABC):
   @abc.abstractmethod
   def init(self, rng: PRNGKeyArray) -> Params:
     """Returns random parameters, boxed with their logical axis names."""
+
+  def sources(self) -> dict[str, fingerprints.Fingerprint]:
+    """Returns {kind: fingerprint} of the imported parts that a new run starts with, if known."""
+    return {}
 
   def initial_parts(self, abstract_params: Params, inputs: inputs_lib.Inputs) -> dict[str, Any]:
     """Reads the parts of the parameters that a new run takes from other runs.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import json
@@ -186,18 +187,21 @@ class Encoder:
     (empty,) = self._start(examples.empty_text(self._vocabulary, self._length)[None])()
     self.features = dataclasses.replace(self.features, empty=self.features.to_bytes(empty))
 
-  def __call__(self, captions: Sequence[str]) -> Callable[[], list[list[text_features.Rows]]]:
+  def __call__(
+    self, captions: Sequence[str], notes: collections.Counter[str] | None = None
+  ) -> Callable[[], list[list[text_features.Rows]]]:
     """Starts to compute the features of captions.
 
     Args:
       captions: captions of a token cache, each of one or several texts (`captions.several`).
+      notes: counts the texts that are cut.
 
     Returns:
       A function that waits for the features, and returns those of each text of each caption, of its
       tokens only. A text that can't be used, and which training leaves out, has none.
     """
     ids = [
-      self._ids(text)
+      self._ids(text, notes)
       for caption in captions
       for text in captions_lib.alternatives(caption.encode())
     ]
@@ -213,12 +217,18 @@ class Encoder:
 
     return found
 
-  def _ids(self, text: bytes) -> Int32[np.ndarray, 'text_length'] | None:
+  def _ids(
+    self, text: bytes, notes: collections.Counter[str] | None
+  ) -> Int32[np.ndarray, 'text_length'] | None:
     """Returns the text tokens that training makes of a text; None if it leaves the text out."""
     try:
-      return examples.caption_ids(text, self._vocabulary, self._length)[0]
+      ids, _, changes = examples.caption_ids(text, self._vocabulary, self._length)
     except captions_lib.UnusableCaption:
       return None
+    # The other changes were noted when the picture was read.
+    if notes is not None and (note := examples.cut_note(self._length)) in changes:
+      notes[note] += 1
+    return ids
 
   def _start(
     self, ids: Int32[np.ndarray, 'batch text_length']

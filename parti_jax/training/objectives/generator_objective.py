@@ -18,6 +18,7 @@ from jaxtyping import PRNGKeyArray
 from jaxtyping import UInt8
 
 from parti_jax.core import errors
+from parti_jax.core import fingerprints
 from parti_jax.data import text_features as text_features_lib
 from parti_jax.data import text_tokenizer
 from parti_jax.exported_model import model_folder
@@ -203,6 +204,9 @@ class GeneratorObjective(base.Objective):
 
   def init(self, rng: PRNGKeyArray) -> base.Params:
     return parti.Parti(self.model).init(rng, *parti.example_inputs(self.model))['params']
+
+  def sources(self) -> dict[str, fingerprints.Fingerprint]:
+    return initial_text_encoder.sources(self.text_encoder, 'GeneratorObjective.text_encoder')
 
   def initial_parts(
     self, abstract_params: base.Params, inputs: inputs_lib.Inputs

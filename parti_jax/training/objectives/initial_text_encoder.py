@@ -11,6 +11,7 @@ import gin
 from parti_jax.checkpoints import run_checkpoints
 from parti_jax.core import checks
 from parti_jax.core import errors
+from parti_jax.core import fingerprints
 from parti_jax.core import storage
 from parti_jax.exported_model import model_folder
 from parti_jax.models import config_checks
@@ -115,6 +116,24 @@ def parts(
   vocabulary = {'vocabulary': run_checkpoints.read_place(path).get('vocabulary')}
   inputs.check(f'{key}={source!r}', vocabulary, f'or start without {key}')
   return run_checkpoints.read_parts(path, {'text_encoder': abstract['text_encoder']})
+
+
+def sources(source: str | None, key: str) -> dict[str, fingerprints.Fingerprint]:
+  """Returns the fingerprint of an imported text encoder.
+
+  Args:
+    source: as `parts`.
+    key: as `parts`.
+
+  Returns:
+    {'text_encoder': fingerprint of the files that it was imported from}; {} if it is unknown, as
+    that of a run is.
+  """
+  if source is None or not storage.exists(storage.join(source, model_folder.CONFIG_FILE)):
+    return {}
+  origin = model_folder.part_provenance('text_encoder', source).get('text_encoder')
+  digits = fingerprints.of_origin(origin)
+  return {'text_encoder': fingerprints.Fingerprint(digits, f'{key}={source!r}')} if digits else {}
 
 
 def _check_same(

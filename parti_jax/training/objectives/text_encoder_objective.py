@@ -16,6 +16,7 @@ from jaxtyping import Int
 from jaxtyping import PRNGKeyArray
 
 from parti_jax.core import errors
+from parti_jax.core import fingerprints
 from parti_jax.models import coca
 from parti_jax.models import config_checks
 from parti_jax.models import contrastive
@@ -108,6 +109,9 @@ class TextEncoderObjective(base.Objective):
     """Returns random parameters; the part 'text_encoder' is the same as Parti's."""
     module = self._module()
     return module.init(rng, *text_pretraining.example_inputs(self.model, module.image))['params']
+
+  def sources(self) -> dict[str, fingerprints.Fingerprint]:
+    return initial_text_encoder.sources(self.text_encoder, 'TextEncoderObjective.text_encoder')
 
   def initial_parts(
     self, abstract_params: base.Params, inputs: inputs_lib.Inputs
