@@ -150,26 +150,41 @@ def _draw(
   ) as bar:
     for start in range(0, len(missing), group):
       chosen = missing[start : start + group]
+      texts = [prompt.text for prompt in chosen]
       with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always', UserWarning)
         drawn = model.generate(
-          [prompt.text for prompt in chosen],
+          texts,
           num_images=args.num_images,
           seed=args.seed,
           batch_size=args.batch_size,
           rank=model.ranker is not None,
           **sampling,
         )
-      cut = _left_out([str(warning.message) for warning in caught])
+      cut = _left_out([str(warning.message) for warning in caught], texts)
       for row, prompt in enumerate(chosen):
         _save(_prompt_folder(folder, prompt), _of_one(drawn, row), cut.get(row, ''))
       bar.update(len(chosen))
 
 
-def _left_out(messages: Sequence[str]) -> dict[int, str]:
-  """Returns row -> the model's warning about its prompt, which says how it was cut."""
-  found = [re.match(r'prompt (\d+) is (.*)', message, re.DOTALL) for message in messages]
-  return {int(match[1]) - 1: match[2] for match in found if match}
+def _left_out(messages: Sequence[str], texts: Sequence[str]) -> dict[int, str]:
+  """Returns row -> what the model and its ranker say about a prompt that they cut.
+
+  Args:
+    messages: their warnings. The model counts prompts, and the ranker those that differ.
+    texts: the prompts.
+  """
+  different = list(dict.fromkeys(texts))
+  found: dict[int, list[str]] = {}
+  for message in messages:
+    match = re.match(r'(prompt|text) (\d+) is (.*)', message, re.DOTALL)
+    if match is None:
+      continue
+    text = (texts if match[1] == 'prompt' else different)[int(match[2]) - 1]
+    for row, other in enumerate(texts):
+      if other == text and match[3] not in found.setdefault(row, []):
+        found[row].append(match[3])
+  return {row: '; '.join(said) for row, said in found.items()}
 
 
 def _of_one(drawn, row: int):

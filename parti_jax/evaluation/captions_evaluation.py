@@ -190,6 +190,7 @@ def evaluate(
           picture_of=picture_of,
           texts=extractor.texts(captions),
           published=extractor.published(captions),
+          texts_cut=extractor.cut(captions),
         ),
         seed,
       )

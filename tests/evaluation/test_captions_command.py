@@ -190,6 +190,9 @@ def test_inception_compares_at_the_requested_size(pipeline, flags, tmp_path, mon
     def published(self, captions):
       return []
 
+    def cut(self, captions):
+      return 0
+
   monkeypatch.setattr(features, 'Inception', FakeInception)
   (tmp_path / 'weights.pth').write_bytes(b'')
   run(*flags, f'--inception_weights={tmp_path}/weights.pth', '--image_size=48')

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from parti_jax.core.errors import UserError
+from parti_jax.evaluation.metrics import distribution
 from parti_jax.evaluation.metrics import features
 
 
@@ -24,6 +25,21 @@ def test_the_rankers_features_come_in_batches_of_any_size():
   assert whole.values.shape == (5, 3 * fakes.SIZE**2) and whole.logits is None
   np.testing.assert_array_equal(whole.values, parts.values)
   assert 'ranker of the model demo' in extractor.name
+
+
+def test_captions_that_the_ranker_cuts_are_counted_with_the_longest_prefix():
+  ranker = fakes.FakeRanker(lambda text, _: fakes.render(text))
+  ranker.longest = len('A photo depicts ') + 5
+  extractor = features.RankerFeatures(ranker, 'demo')
+  captions = ['five.', 'six...', 'a' * ranker.longest, 'a' * (ranker.longest + 1)]
+  assert extractor.cut(captions) == 1
+  ranker.kind = 'clip'
+  assert extractor.cut(captions) == 3
+  images = np.zeros((4, 16, 16, 3), np.uint8)
+  table = distribution.of_pictures(
+    extractor, captions, np.arange(4), images, images, images[:, None]
+  )
+  assert [line for line in table.remarks if line.startswith('Alignment: 3 captions are longer')]
 
 
 def test_available_networks_are_used():

@@ -117,6 +117,7 @@ class Sets:
     picture_of: index of the real picture of each caption.
     texts: the ranker's features of the captions; None without a ranker.
     published: the published scores of these features.
+    texts_cut: number of captions that are longer than the ranker's text length.
   """
 
   real: features_lib.Features
@@ -126,6 +127,7 @@ class Sets:
   picture_of: Int[np.ndarray, 'captions']
   texts: Float32[np.ndarray, 'captions dim'] | None = None
   published: Sequence[features_lib.Published] = ()
+  texts_cut: int = 0
 
 
 def of_pictures(
@@ -166,6 +168,7 @@ def of_pictures(
       picture_of=picture_of,
       texts=extractor.texts(captions),
       published=extractor.published(captions),
+      texts_cut=extractor.cut(captions),
     ),
     seed,
   )
@@ -213,9 +216,13 @@ def measure(name: str, sets: Sets, seed: int = 0) -> Distribution:
     rows['real_half'] = _row(real[other_half], real[half])
   dim = real.values.shape[1]
   num_captions = len(np.unique(sets.caption_of)) if sets.texts is not None else None
-  return Distribution(
-    name, dim, rows, _remarks(rows, dim, num_captions, scored=generated.logits is not None)
-  )
+  remarks = _remarks(rows, dim, num_captions, scored=generated.logits is not None)
+  if sets.texts_cut:
+    remarks.append(
+      f'Alignment: {sets.texts_cut:,} captions are longer than the text length of the ranker, which '
+      'compares their beginnings.'
+    )
+  return Distribution(name, dim, rows, remarks)
 
 
 def _remarks(rows: Mapping[str, Row], dim: int, captions: int | None, scored: bool) -> list[str]:

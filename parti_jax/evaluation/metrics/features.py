@@ -88,6 +88,9 @@ class Extractor(Protocol):
   def published(self, captions: Sequence[str]) -> list[Published]:
     """Returns the published scores that the features give."""
 
+  def cut(self, captions: Sequence[str]) -> int:
+    """Returns the number of captions that `texts` or `published` truncate."""
+
 
 class Inception:
   """Inception v3 as defined for the FID, from torch-fidelity: its pool of 2,048 features.
@@ -158,6 +161,10 @@ class Inception:
     del captions
     return []
 
+  def cut(self, captions: Sequence[str]) -> int:
+    del captions
+    return 0
+
 
 class RankerFeatures:
   """The picture features of a ranker: unit vectors, trained to distinguish captions."""
@@ -174,9 +181,8 @@ class RankerFeatures:
     return Features(self.ranker.image_features(images))
 
   def texts(self, captions: Sequence[str]) -> Float32[np.ndarray, 'captions dim']:
-    """Returns the features of captions; long captions are truncated."""
+    """Returns the features of captions; long captions are truncated, and `cut` counts them."""
     with warnings.catch_warnings():
-      # The model has already warned when it generated the pictures.
       warnings.simplefilter('ignore', UserWarning)
       return self.ranker.text_features(captions)
 
@@ -184,8 +190,17 @@ class RankerFeatures:
     """Returns the published scores of a CLIP."""
     return [
       Published(score, self.texts([score.prefix + caption for caption in captions]))
-      for score in clip_score.scores_of(self.ranker.kind, self.ranker.file_format)
+      for score in self._scores
     ]
+
+  def cut(self, captions: Sequence[str]) -> int:
+    prefix = max(['', *(score.prefix for score in self._scores)], key=len)
+    _, left_out = self.ranker.encode([prefix + caption for caption in captions])
+    return sum(map(bool, left_out))
+
+  @property
+  def _scores(self) -> Sequence[clip_score.Score]:
+    return clip_score.scores_of(self.ranker.kind, self.ranker.file_format)
 
 
 def resized(
