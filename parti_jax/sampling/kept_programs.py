@@ -69,12 +69,10 @@ def _key(function: Any, structure: Any, avals: Any, statics: Mapping[str, Any]) 
   """Returns the name of a program in the cache; None if it is not to be kept."""
   named = []
   for name, value in sorted(statics.items(), key=lambda item: item[0]):
-    kind, config = type(value), value
-    if isinstance(value, nn.Module):
-      config = getattr(value, 'config', None)
-      if config is None or value != kind(config):  # There is more to it than its config.
-        return None
+    kind, config = type(value), getattr(value, 'config', value)
     if not kind.__module__.startswith('parti_jax.') or not start_cache.is_package_code(config):
+      return None
+    if isinstance(value, nn.Module) and value != kind(config):  # It has more than its config.
       return None
     named.append((name, kind, type(config), config))
   return start_cache.key(

@@ -307,11 +307,8 @@ class TextToImage:
       checks.boolean(name, value)
       for name, value in (('rank', rank), ('upscale', upscale), ('progress', progress))
     )
-    if rank and self.ranker is None:
-      raise UserError(
-        f"the model {self.model_name} has no ranker, so it can't rank pictures; "
-        '`parti-jax export --base=FOLDER --ranker=RUN` adds one, and --ranker=FOLDER uses another'
-      )
+    if rank:
+      self._needed_ranker()
     if upscale:
       self._needed_upscaler()
     prompts = checks.texts('prompt', prompts)
@@ -399,10 +396,11 @@ class TextToImage:
 
   def _ranked(self, result: Result) -> Result:
     """Sorts the pictures of each prompt by their scores."""
-    assert self.ranker is not None and result.image_index is not None
+    assert result.image_index is not None
     shape = result.images.shape
     texts = [prompt for prompt in result.prompts for _ in range(shape[1])]
-    scores = self.ranker.scores(texts, result.images.reshape(-1, *shape[2:])).reshape(shape[:2])
+    images = result.images.reshape(-1, *shape[2:])
+    scores = self._needed_ranker().scores(texts, images).reshape(shape[:2])
     order = np.argsort(-scores, axis=1, kind='stable')
     rows = np.arange(shape[0])[:, None]
     return dataclasses.replace(
@@ -457,6 +455,15 @@ class TextToImage:
       UserError: if the model has no super-resolution, or the shape or the dtype is wrong.
     """
     return self._needed_upscaler()(images)
+
+  def _needed_ranker(self) -> ranking.Ranker:
+    """Returns the ranker; raises UserError if there is none."""
+    if self.ranker is None:
+      raise UserError(
+        f"the model {self.model_name} has no ranker, so it can't rank pictures; "
+        '`parti-jax export --base=FOLDER --ranker=RUN` adds one, and --ranker=FOLDER uses another'
+      )
+    return self.ranker
 
   def _needed_upscaler(self) -> upscaling.Upscaler:
     """Returns the upscaler; raises UserError if there is none."""

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -183,11 +184,18 @@ def test_kept_shapes_are_compared_with_the_file(parts, cache, tmp_path):
     model_folder.load(folder)
 
 
+class _Theirs(nn.Module):
+  config: vit_vqgan.ViTVQGANConfig
+  by: int
+
+
 def test_functions_and_configs_of_other_code_are_not_kept(cache):
   assert kept_programs.call(jax.jit(lambda x: x + 1), (np.float32(1),), {}) == 2
   other = kept_programs.keep(jax.jit(lambda x, config: x + config.by, static_argnames='config'))
   config = dataclasses.make_dataclass('Theirs', [('by', int)], frozen=True)(2)
   assert kept_programs.call(other, (np.float32(1),), {'config': config}) == 3
+  theirs = _Theirs(tiny_configs.TOKENIZER, 4)
+  assert kept_programs.call(other, (np.float32(1),), {'config': theirs}) == 5
   assert not cache.exists()
 
 
