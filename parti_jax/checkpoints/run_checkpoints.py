@@ -403,10 +403,11 @@ def check_same_shapes(path, abstract, within: str | tuple[str, ...] = ''):
   ]
   if differing:
     more = f' and {len(differing) - 5} more' if len(differing) > 5 else ''
+    of_average = all(line.startswith('statistics/average/') for line in differing)
+    settings = "the objective's ema" if of_average else 'the settings of the model or the optimizer'
     raise errors.UserError(
       f'{path}: does not fit this configuration: '
-      f'{"; ".join(differing[:5])}{more}; train in another --model_dir, or '
-      'restore the settings of the model or the optimizer'
+      f'{"; ".join(differing[:5])}{more}; train in another --model_dir, or restore {settings}'
     )
 
 

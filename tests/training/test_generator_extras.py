@@ -216,6 +216,10 @@ def test_a_checkpoint_goes_on_bit_for_bit_and_exports_the_average(tmp_path, caps
   manager = checkpoint_manager.Checkpoints(tmp_path)
   state, _ = manager.restore(2, trainer.abstract, model)
   manager.close()
+  plain = dataclasses.replace(OBJECTIVE, ema=0.0)
+  without = trainer_lib.Trainer(plain, trainer.optimizer, trainer.mesh)
+  with pytest.raises(UserError, match="statistics/average/.* or restore the objective's ema$"):
+    run_checkpoints.check_same_shapes(tmp_path / 'checkpoints' / '2', without.abstract)
   resumed, again = _stepped(trainer, state, 2)
   jax.tree.map(np.testing.assert_array_equal, resumed[-1], states[-1])
   jax.tree.map(np.testing.assert_array_equal, again[-1], metrics[-1])
