@@ -36,14 +36,15 @@ def text_encoder_forward(config: parti_config.PartiConfig) -> int:
 
 def image_token_weights(config: parti_config.PartiConfig) -> int:
   """Number of weights of one decoder layer that each image token is multiplied with."""
-  return 6 * config.width**2 + config.mlp_kernels * config.width * config.mlp_width
+  width, keys_width = config.width, config.cached_heads * config.head_dim
+  return 4 * width**2 + 2 * width * keys_width + config.mlp_kernels * width * config.mlp_width
 
 
 def token_decoder_forward(config: parti_config.PartiConfig) -> int:
   """FLOPs of one text's features and its image tokens through the image-token decoder."""
   width, text, image = config.width, config.text_length, config.image_length
   projections = 2 * image * image_token_weights(config)
-  memory = 2 * text * 2 * width * config.text_width
+  memory = 2 * text * 2 * config.cached_heads * config.head_dim * config.text_width
   attention = 4 * image * (_keys(config) + config.decoder_layers * text) * width
   return config.decoder_layers * (projections + memory) + attention + logits_forward(config)
 

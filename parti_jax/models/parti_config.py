@@ -28,6 +28,7 @@ LEGACY_DEFAULTS = {
   'mlp': 'gelu',
   'qk_norm': False,
   'positions': 'learned',
+  'kv_heads': None,
 }
 # Values of fields that are names.
 _CHOICES = {
@@ -159,6 +160,8 @@ class PartiConfig:
       queries and keys in all their attention.
     positions: how the decoder knows rows and columns: 'learned' embeddings of both, or 'rotary_2d',
       which rotates queries and keys of its self-attention (`nn.rotary.rotate`).
+    kv_heads: number of heads of the decoder's keys and values, each of which equally many heads of
+      queries share; must divide `heads`. None for one for each of them; `heads` becomes None.
 
   Raises:
     UserError: if `heads` does not divide `width`, or a value is out of range.
@@ -184,6 +187,7 @@ class PartiConfig:
   mlp: str = 'gelu'
   qk_norm: bool = False
   positions: str = 'learned'
+  kv_heads: int | None = None
 
   BOUNDS = {'dropout': (0, 1)}  # 1 is excluded by `config_checks.check_dropout`.
 
@@ -232,13 +236,20 @@ class PartiConfig:
     object.__setattr__(self, 'text_length', found.text_length)
 
   def _check_options(self) -> None:
-    """Raises UserError unless the options of blocks are known and fit the sizes."""
+    """Raises UserError unless the options of blocks are known and fit the sizes.
+
+    Sets `kv_heads` to None if it is `heads`, so that one network has one config.
+    """
     for name, known in _CHOICES.items():
       value = getattr(self, name)
       if value not in known:
         raise errors.UserError(
           f'PartiConfig.{name}={checks.shown(value)} is not one of {", ".join(known)}'
         )
+    if self.kv_heads is not None:
+      config_checks.check_divides(self, 'kv_heads', 'heads')
+    if self.kv_heads == self.heads:
+      object.__setattr__(self, 'kv_heads', None)
     if self.positions == 'rotary_2d' and self.head_dim % 4:
       raise errors.UserError(
         f"PartiConfig.positions='rotary_2d' rotates pairs by rows and by columns, so width / heads "
@@ -281,11 +292,18 @@ class PartiConfig:
   def decoder_options(self) -> block_options.BlockOptions:
     """What the blocks of the image-token decoder consist of."""
     rotary_grid = self.grid if self.positions == 'rotary_2d' else None
-    return dataclasses.replace(self.encoder_options, rotary_grid=rotary_grid)
+    return dataclasses.replace(
+      self.encoder_options, rotary_grid=rotary_grid, kv_heads=self.kv_heads
+    )
 
   @property
   def head_dim(self) -> int:
     return self.width // self.heads
+
+  @property
+  def cached_heads(self) -> int:
+    """Number of heads of the decoder's keys and values."""
+    return self.heads if self.kv_heads is None else self.kv_heads
 
   @property
   def mlp_kernels(self) -> int:

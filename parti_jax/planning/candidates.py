@@ -86,7 +86,8 @@ def of_sampling(
   weights = model.decoder_layers * flops.image_token_weights(model)
   kernels = bytes_per_weight * weights
   length = model.image_length + model.text_length
-  cache = 2 * bytes_per_key * sequences * model.decoder_layers * model.width * length
+  keys_width = model.cached_heads * model.head_dim
+  cache = 2 * bytes_per_key * sequences * model.decoder_layers * keys_width * length
   for mesh in meshes(model, devices, 1, stages=False):
     if images % (mesh['data'] * mesh['fsdp']):
       continue
@@ -104,7 +105,9 @@ def of_sampling(
 
 def meshes(model, devices: int, slices: int, stages: bool) -> Iterator[dict[str, int]]:
   """Yields meshes of `devices` devices whose axes divide the model's dimensions."""
-  heads = math.gcd(model.heads, model.mlp_width, model.codebook_size, model.text_vocabulary)
+  heads = math.gcd(
+    model.heads, model.cached_heads, model.mlp_width, model.codebook_size, model.text_vocabulary
+  )
   depth = math.gcd(model.encoder_layers, model.decoder_layers) if stages else 1
   for tensor, fsdp, stage in itertools.product(
     _divisors(heads), _divisors(model.width), _divisors(depth)
@@ -124,7 +127,8 @@ def _training_bytes(model, parameters, batch_size, mesh, remat, microbatches) ->
   state = parameters * (4 + 4 + 2) / (tensor * mesh['fsdp'] * mesh['stage'])
   examples = batch_size / (mesh['stage'] * mesh['data'] * mesh['fsdp'] * microbatches)
   width, image = model.width, examples * model.image_length
-  projections = (6 * width + model.mlp_kernels * model.mlp_width) / tensor
+  keys_width = model.cached_heads * model.head_dim
+  projections = (4 * width + 2 * keys_width + model.mlp_kernels * model.mlp_width) / tensor
   kept = {
     'block_inputs': width,
     'block_inputs_and_attention': width + width / tensor,

@@ -164,7 +164,7 @@ def sampling_step(request: request_lib.Request, mesh) -> request_lib.Step:
 
 def _keys(config, sequences: int, length: int, cache: str, place):
   """Returns the shapes of the keys, or the values, of one layer for a number of positions."""
-  shape = (sequences, config.heads, length, config.width // config.heads)
+  shape = (sequences, config.cached_heads, length, config.head_dim)
   axes = ('activation_batch', 'activation_heads', 'activation_length', None)
   if cache == 'float':
     return place(shape, config.compute_dtype, axes)

@@ -205,7 +205,7 @@ class AdaptiveDecoder:
       if copied is None or entries is None:
         query, key, value = project(x)
       else:
-        query, key, value = _project_unless(copied, project, x, entries[layer])
+        query, key, value = _project_unless(copied, project, x, entries[layer], self._config.heads)
       pattern, cache, entry = self._config.layer_pattern(layer), state.caches[layer], (key, value)
       if not position.ndim:
         # Outside of the branches: a branch that returned the cache would return a copy.
@@ -236,11 +236,12 @@ def _project_unless(
   project: Callable[..., Any],
   x: Float[Array, 'batch length embed'],
   entry: transformer.Entry,
+  heads: int,
 ):
   """Returns `project(x)`, but with the key and value of `entry` for the tokens in `copied`."""
-  query, *own = jax.lax.cond(
-    jnp.all(copied), lambda x: (jnp.zeros_like(entry[0]), *entry), project, x
-  )
+  key = entry[0]
+  no_query = lambda: jnp.zeros(key.shape[:2] + (heads,) + key.shape[3:], key.dtype)
+  query, *own = jax.lax.cond(jnp.all(copied), lambda x: (no_query(), *entry), project, x)
   copied = copied[..., None, None]
   return query, *(jnp.where(copied, there, part) for there, part in zip(entry, own))
 

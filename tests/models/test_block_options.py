@@ -1,4 +1,4 @@
-"""Parti with other norms, MLPs and positions, against a computation in NumPy."""
+"""Parti with other norms, MLPs, positions and heads, against a computation in NumPy."""
 
 import dataclasses
 import functools
@@ -15,6 +15,8 @@ from parti_jax.models import parti
 from parti_jax.models import parti_config
 from parti_jax.models.nn import layers
 from parti_jax.models.nn import rotary
+from parti_jax.partitioning import mesh as mesh_lib
+from parti_jax.partitioning import rules
 
 # Two layers of different patterns, on a grid whose rows and columns differ.
 PLAIN = parti_config.PartiConfig(
@@ -36,6 +38,7 @@ EACH = {
   'mlp': {'mlp': 'swiglu'},
   'qk_norm': {'qk_norm': True},
   'positions': {'positions': 'rotary_2d'},
+  'kv_heads': {'kv_heads': 2},
 }
 ALL = functools.reduce(lambda a, b: a | b, EACH.values())
 TEXTS = np.array([[5, 7, 1, 0, 0], [9, 3, 4, 8, 1]], np.int32)
@@ -116,11 +119,14 @@ class Reference:
       query, key, value = np.einsum('ble,ethd->tbhld', x, kernels['project_in'])
     else:
       query = np.einsum('ble,ehd->bhld', x, kernels['project_query'])
-      key, value = np.einsum('ble,ethd->tbhld', other, kernels['project_memory'])
+      memory = kernels.get('project_keys_values', kernels.get('project_memory'))
+      key, value = np.einsum('ble,ethd->tbhld', other, memory)
     if self.config.qk_norm:
       query, key = self.rms(params['query_norm'], query), self.rms(params['key_norm'], key)
     if places is not None:
       query, key = turned(query, *places), turned(key, *places)
+    if key.shape[1] < query.shape[1]:  # Heads 0 and 1 of queries use head 0 of keys.
+      key, value = [part[:, [0, 0, 1, 1]] for part in (key, value)]
     scores = np.einsum('bhqd,bhkd->bhqk', query, key) / np.sqrt(query.shape[-1])
     weights = np.exp(scores) * mask[:, None]
     weights = weights / weights.sum(axis=-1, keepdims=True)
@@ -165,13 +171,18 @@ def test_which_parameters_an_option_adds_and_removes():
     for site in (f'{encoder}attention', f'{decoder}attention', f'{decoder}cross_attention')
     for part in ('query', 'key')
   }
+  added |= {f'{decoder}attention/project_{part}/kernel' for part in ('query', 'keys_values')}
   assert after.keys() - before.keys() == added
   assert before.keys() - after.keys() == {
+    f'{decoder}attention/project_in/kernel',
     'image_decoder/row_embedding/table',
     'image_decoder/column_embedding/table',
   }
   assert after[f'{decoder}attention/key_norm/scale'] == (2, 8)
-  assert all(before[name] == after[name] for name in before.keys() & after.keys())
+  assert after[f'{decoder}attention/project_keys_values/kernel'] == (2, 32, 2, 2, 8)
+  changed = {name for name in before.keys() & after.keys() if before[name] != after[name]}
+  assert changed == {f'{decoder}cross_attention/project_memory/kernel'}
+  assert after[f'{decoder}cross_attention/project_memory/kernel'] == (2, 32, 2, 2, 8)
 
 
 def test_scores_of_rotated_vectors_depend_on_the_distances_of_rows_and_of_columns():
@@ -198,15 +209,19 @@ def test_positions_of_each_row():
     np.testing.assert_allclose(found[row], expected[0], atol=1e-6)
 
 
-def test_flops_and_weights_of_a_gate():
+def test_flops_and_weights_of_options():
   gated = dataclasses.replace(PLAIN, **ALL)
   kernel = PLAIN.width * PLAIN.mlp_width
   counts = [sum(np.prod(shape) for shape in _shapes(config).values()) for config in (PLAIN, gated)]
   norms, embeddings = (2 + 4 * 2) * 8, 5 * PLAIN.width
-  assert counts[1] - counts[0] == 3 * kernel + norms - embeddings
-  of_text, of_image = 1 * PLAIN.text_length * 2 * kernel, 2 * PLAIN.image_length * 2 * kernel
+  # Half of the kernels of keys and values, in self-attention and in cross-attention of two layers.
+  shared = 2 * PLAIN.width**2 // 2
+  assert counts[1] - counts[0] == 3 * kernel + norms - embeddings - 2 * 2 * shared
+  of_text = 2 * PLAIN.text_length * (kernel - 2 * shared)
+  of_image = 2 * PLAIN.image_length * 2 * (kernel - shared)
   assert parti.forward_flops(gated) - parti.forward_flops(PLAIN) == of_text + of_image
-  assert flops.parti_sampling_step(gated) - flops.parti_sampling_step(PLAIN) == 2 * 2 * kernel
+  of_step = flops.parti_sampling_step(gated) - flops.parti_sampling_step(PLAIN)
+  assert of_step == 2 * 2 * (kernel - shared)
 
 
 def test_norms_of_bfloat16_are_computed_in_float32():
@@ -223,6 +238,9 @@ def test_norms_of_bfloat16_are_computed_in_float32():
     ({'mlp': 'relu'}, "PartiConfig.mlp='relu' is not one of gelu, swiglu"),
     ({'positions': 'rotary'}, "PartiConfig.positions='rotary' is not one of learned, rotary_2d"),
     ({'qk_norm': 1}, 'PartiConfig.qk_norm=1 must be'),
+    ({'kv_heads': 3}, 'PartiConfig.kv_heads=3 does not divide heads=4'),
+    ({'kv_heads': 8}, 'PartiConfig.kv_heads=8 does not divide heads=4'),
+    ({'kv_heads': 0}, 'PartiConfig.kv_heads=0 must be'),
     ({'positions': 'rotary_2d', 'heads': 16}, 'must be a multiple of 4; it is 2'),
   ],
 )
@@ -230,6 +248,18 @@ def test_an_option_that_does_not_exist_or_fit_is_named(changes, message):
   with pytest.raises(UserError) as caught:
     dataclasses.replace(PLAIN, **changes)
   assert message in str(caught.value)
+
+
+def test_as_many_heads_of_keys_as_of_queries_are_no_option():
+  assert dataclasses.replace(PLAIN, kv_heads=4) == PLAIN
+
+
+def test_heads_of_keys_that_a_mesh_does_not_divide_are_named():
+  config = dataclasses.replace(PLAIN, kv_heads=2)
+  boxed = jax.eval_shape(parti.Parti(config).init, jax.random.key(0), *parti.example_inputs(config))
+  mesh = mesh_lib.make_mesh(data=2, tensor=4)
+  with pytest.raises(UserError, match=r'attention/project_.*tensor.*size 4.*dimension 2'):
+    rules.parameter_shardings(boxed, mesh, rules.logical_axis_rules())
 
 
 def test_files_without_the_options_are_of_plain_blocks():

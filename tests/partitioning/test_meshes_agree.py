@@ -89,7 +89,7 @@ def _with_t5():
 def _other_blocks():
   objective, batch, rate = _generator()
   sizes = dataclasses.replace(
-    objective.model, norm='rms', mlp='swiglu', qk_norm=True, positions='rotary_2d'
+    objective.model, norm='rms', mlp='swiglu', qk_norm=True, positions='rotary_2d', kv_heads=2
   )
   return generator_objective.GeneratorObjective(sizes), batch, rate
 

@@ -1,4 +1,4 @@
-"""Sampling with other norms, MLPs and positions gives what a whole sequence gives."""
+"""Sampling with other norms, MLPs, positions and heads gives what a whole sequence gives."""
 
 import functools
 
@@ -11,6 +11,7 @@ import pytest
 from parti_jax.models import parti
 from parti_jax.models import parti_config
 from parti_jax.models import token_decoder
+from parti_jax.models.nn import attention
 from parti_jax.models.nn import attention_patterns
 from parti_jax.models.nn import quantization
 from parti_jax.sampling import adaptive
@@ -36,6 +37,7 @@ CONFIG = parti_config.PartiConfig(
   mlp='swiglu',
   qk_norm=True,
   positions='rotary_2d',
+  kv_heads=2,
 )
 TEXTS = jnp.array([[4, 7, 1, 0, 0], [3, 9, 8, 5, 1]], jnp.int32)
 IMAGES = np.random.default_rng(1).integers(0, 11, (2, 12)).astype(np.int32)
@@ -77,6 +79,13 @@ def cached_logits(params, prefill=0, cache='float'):
   return jnp.concatenate([*first, rest], axis=1)
 
 
+def test_caches_have_the_heads_of_keys():
+  init = functools.partial(decoding.init_state, CONFIG, length=CONFIG.image_length, cache='int8')
+  state = jax.eval_shape(init, parameters.for_sampling(CONFIG, params()), TEXTS)
+  assert {part.values.shape[:2] for pair in state.caches + state.texts for part in pair} == {(2, 2)}
+  assert {part.scale.shape[:2] for pair in state.caches + state.texts for part in pair} == {(2, 2)}
+
+
 @pytest.mark.parametrize('prefill', [0, 5])
 def test_steps_with_a_cache_give_the_logits_of_the_whole_sequence(prefill):
   found = cached_logits(parameters.for_sampling(CONFIG, params()), prefill)
@@ -108,26 +117,86 @@ def test_rows_at_positions_of_their_own_give_the_logits_of_the_whole_sequence():
     np.testing.assert_allclose(logits, expected, atol=2e-5 * np.abs(whole()).max())
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def drawn(sample_tokens, params, sampling):
+  keys = decoding.image_keys(jnp.uint32(0), jnp.arange(2))
+  return sample_tokens(CONFIG, parameters.for_sampling(CONFIG, params), TEXTS, keys, sampling)
+
+
 def test_speculative_and_adaptive_decoding_choose_the_same_tokens():
-  @functools.partial(jax.jit, static_argnums=0)
-  def draw(sample_tokens):
-    keys = decoding.image_keys(jnp.uint32(0), jnp.arange(2))
-    sampling = decoding.Sampling(guided=True, guidance_scale=1.5, greedy=True, window=4)
-    return sample_tokens(CONFIG, parameters.for_sampling(CONFIG, params()), TEXTS, keys, sampling)
-
-  expected = draw(decoding.sample_tokens)
+  sampling = decoding.Sampling(guided=True, guidance_scale=1.5, greedy=True, window=4)
+  expected = drawn(decoding.sample_tokens, params(), sampling)
   assert len(np.unique(expected)) > 2
-  np.testing.assert_array_equal(draw(speculative.sample_tokens)[0], expected)
-  np.testing.assert_array_equal(draw(adaptive.sample_tokens)[0], expected)
+  for sample_tokens in (speculative.sample_tokens, adaptive.sample_tokens):
+    np.testing.assert_array_equal(drawn(sample_tokens, params(), sampling)[0], expected)
 
 
-def test_int8_weights_and_caches_change_logits_little():
+def test_tokens_exit_and_skip_guidance_as_in_sequential_sampling():
+  sampling = decoding.Sampling(
+    guided=True, guidance_scale=2.0, exit_threshold=0.6, skip_threshold=0.6, rule='equal'
+  )
+  expected, usage = drawn(adaptive.sample_tokens, params(), sampling)
+  tokens, _, found = drawn(speculative.sample_tokens, params(), sampling.replace(window=4))
+  np.testing.assert_array_equal(tokens, expected)
+  np.testing.assert_array_equal(found.layers, usage.layers)
+  assert len(np.unique(usage.layers)) > 1 and usage.unguided.any()
+
+
+def test_int8_weights_are_those_of_every_kernel():
   stacked = jax.tree.map(jnp.asarray, parameters.for_sampling(CONFIG, params(), 'int8'))
   rounded = jax.tree_util.tree_map_with_path(parameters.quantized, stacked)
   layer = rounded['image_decoder']['decoder']['layers'][0]
-  gate, norm = layer['mlp']['project_gate']['kernel'], layer['attention']['key_norm']['scale']
-  assert isinstance(gate, quantization.QuantizedKernel) and gate.scale.shape == (24,)
-  assert norm.dtype == jnp.float32
-  for prefill in (0, 5):
-    error = np.asarray(cached_logits(rounded, prefill, 'int8')) - whole()
-    assert 0 < error.std() < 0.03 * whole().std()
+  kernel = lambda module, name: layer[module][name]['kernel']
+  scales = [
+    (kernel('mlp', 'project_gate').scale.shape, (24,)),
+    (kernel('attention', 'project_query').scale.shape, (4, 8)),
+    (kernel('attention', 'project_keys_values').scale.shape, (2, 2, 8)),
+    (kernel('cross_attention', 'project_memory').scale.shape, (2, 2, 8)),
+  ]
+  assert all(found == expected for found, expected in scales)
+  assert layer['attention']['key_norm']['scale'].dtype == jnp.float32
+  is_kernel = lambda leaf: isinstance(leaf, quantization.QuantizedKernel)
+  floats = jax.tree.map(
+    lambda leaf: leaf.values * leaf.scale if is_kernel(leaf) else leaf, rounded, is_leaf=is_kernel
+  )
+  expected = cached_logits(floats, 5)
+  np.testing.assert_allclose(
+    cached_logits(rounded, 5), expected, atol=1e-4 * jnp.abs(expected).max()
+  )
+
+
+@pytest.mark.parametrize('prefill', [0, 5])
+def test_an_int8_cache_changes_logits_little(prefill):
+  found = cached_logits(parameters.for_sampling(CONFIG, params()), prefill, 'int8')
+  assert 0 < (found - whole()).std() < 0.03 * whole().std()
+
+
+@pytest.mark.parametrize('int8', [False, True])
+def test_attention_with_shared_keys_is_that_with_repeated_ones(int8):
+  draw = np.random.default_rng(0)
+  query, keys, values = (
+    jnp.asarray(draw.normal(size=shape), jnp.float32)
+    for shape in ((2, 3, 6, 8), (2, 2, 5, 8), (2, 2, 5, 8))
+  )
+  mask = jnp.asarray(np.tri(3, 5, 2, bool))
+  shared, plain = (keys, values), (keys, values)
+  if int8:
+    shared = tuple(quantization.quantize_vectors(part) for part in shared)
+    plain = tuple(part.values * part.scale[..., None] for part in shared)
+  repeated = (part[:, [0, 0, 0, 1, 1, 1]].swapaxes(1, 2) for part in plain)
+  found = attention.attend_cached(query, *shared, mask)
+  np.testing.assert_allclose(found, attention.attend(query, *repeated, mask), atol=1e-5)
+
+
+def test_shared_keys_can_be_read_before_a_position_is_written():
+  draw = np.random.default_rng(0)
+  query, key, value = (
+    jnp.asarray(draw.normal(size=(2, 1, heads, 8)), jnp.float32) for heads in (6, 2, 2)
+  )
+  of_cache = lambda: jnp.asarray(draw.normal(size=(2, 2, 5, 8)), jnp.float32)
+  cache = tuple(quantization.quantize_vectors(of_cache()) for _ in range(2))
+  at = jnp.int32(3), attention_patterns.AttentionPattern('global', (1, 5))
+  found = attention.attend_before_write(query, key, value, cache, *at)
+  written = attention.write_cache(cache, key, value, *at)
+  expected = attention.attend_cached(query, *attention.read_cache(written, *at))
+  np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -38,14 +38,11 @@ _BLOCK = {'global': 256, 'conv': 128}
 # for TPUs moves them to the chip's own memory and back. With few slots that is the faster way: it
 # moves 5% less for the 20B's 166 slots, but 25% more for 1,024.
 _READ_FIRST_FROM = 512
-# Int8 caches of at least this many slots are read before a position is written. After the write, XLA
-# for TPUs moves them to the chip's own memory and back. With few slots that is the faster way: it
-# moves 5% less for the 20B's 166 slots, but 25% more for 1,024.
-_READ_FIRST_FROM = 512
 
 # Keys and values of one layer's cache, with heads before positions. Each head's matrix is then
-# contiguous in memory, and a sampling step reads the cache without transposing a copy of it.
-CachePart = Float[Array, 'batch heads slots head_dim'] | quantization.QuantizedVectors
+# contiguous in memory, and a sampling step reads the cache without transposing a copy of it. Several
+# heads of the queries may share one of them.
+CachePart = Float[Array, 'batch kv_heads slots head_dim'] | quantization.QuantizedVectors
 KeysValues = tuple[CachePart, CachePart]
 
 
@@ -231,8 +228,8 @@ def _call_chosen(
 
 def attend_cached(
   query: Float[Array, 'batch length heads head_dim'],
-  keys: Float[Array, 'batch heads key_length head_dim'] | quantization.QuantizedVectors,
-  values: Float[Array, 'batch heads key_length head_dim'] | quantization.QuantizedVectors,
+  keys: Float[Array, 'batch kv_heads key_length head_dim'] | quantization.QuantizedVectors,
+  values: Float[Array, 'batch kv_heads key_length head_dim'] | quantization.QuantizedVectors,
   mask: Bool[Array, 'key_length']
   | Bool[Array, 'length key_length']
   | Bool[Array, '#batch 1 #length key_length'],
@@ -249,7 +246,14 @@ def _scores(
 ) -> Float[Array, 'batch heads length key_length']:
   scale = query.shape[-1] ** -0.5
   numbers = _numbers(keys, query)
-  scores = jnp.einsum('bqhd,bhkd->bhqk', query * scale, numbers, preferred_element_type=jnp.float32)
+  if numbers.shape[1] == query.shape[2]:
+    scores = jnp.einsum(
+      'bqhd,bhkd->bhqk', query * scale, numbers, preferred_element_type=jnp.float32
+    )
+  else:
+    groups = _in_groups(query * scale, 2, numbers.shape[1])
+    scores = jnp.einsum('bqhgd,bhkd->bhgqk', groups, numbers, preferred_element_type=jnp.float32)
+    scores = scores.reshape((len(query), query.shape[2]) + scores.shape[3:])
   return _scaled(scores, keys)
 
 
@@ -258,13 +262,29 @@ def _mean(
   weights: Float[Array, 'batch heads length key_length'],
   values: CachePart,
 ) -> Float[Array, 'batch length heads head_dim']:
-  weights = _scaled(weights, values).astype(query.dtype)
-  return jnp.einsum('bhqk,bhkd->bqhd', weights, _numbers(values, query))
+  weights, numbers = _scaled(weights, values).astype(query.dtype), _numbers(values, query)
+  if numbers.shape[1] == query.shape[2]:
+    return jnp.einsum('bhqk,bhkd->bqhd', weights, numbers)
+  groups = _in_groups(weights, 1, numbers.shape[1])
+  return jnp.einsum('bhgqk,bhkd->bqhgd', groups, numbers).reshape(query.shape)
+
+
+def _in_groups(x: Float[Array, '*places'], axis: int, count: int) -> Float[Array, '*more_places']:
+  """Splits an axis of heads into `count` groups, which share keys and values, and their heads."""
+  return x.reshape(x.shape[:axis] + (count, -1) + x.shape[axis + 1 :])
+
+
+def for_each_head(
+  part: Float[Array, 'batch length kv_heads head_dim'], heads: int
+) -> Float[Array, 'batch length heads head_dim']:
+  """Repeats keys or values that several heads share; head i of the queries uses i // group size."""
+  groups = heads // part.shape[2]
+  return part if groups == 1 else jnp.repeat(part, groups, axis=2)
 
 
 def _numbers(
   part: CachePart, query: Float[Array, 'batch length heads head_dim']
-) -> Float[Array, 'batch heads key_length head_dim']:
+) -> Float[Array, 'batch kv_heads key_length head_dim']:
   """Returns keys or values without their scales, in the dtype of the queries if they are int8."""
   if isinstance(part, quantization.QuantizedVectors):
     return quantization.converted(part.values, query.dtype, query)
@@ -276,7 +296,10 @@ def _scaled(
 ) -> Float[Array, 'batch heads query_length key_length']:
   """Multiplies what belongs to each key or value by its scale, if it has one."""
   if isinstance(part, quantization.QuantizedVectors):
-    return scores * part.scale[:, :, None]
+    scale = part.scale
+    if scale.shape[1] != scores.shape[1]:
+      scale = jnp.repeat(scale, scores.shape[1] // scale.shape[1], axis=1)
+    return scores * scale[:, :, None]
   return scores
 
 
@@ -404,8 +427,8 @@ def read_cache(
 
 def attend_before_write(
   query: Float[Array, 'batch 1 heads head_dim'],
-  key: Float[Array, 'batch 1 heads head_dim'],
-  value: Float[Array, 'batch 1 heads head_dim'],
+  key: Float[Array, 'batch 1 kv_heads head_dim'],
+  value: Float[Array, 'batch 1 kv_heads head_dim'],
   cache: KeysValues,
   position: Int[Array, ''] | Int[Array, 'batch'],
   pattern: attention_patterns.AttentionPattern,
@@ -482,13 +505,15 @@ def _side_by_side(
 
 
 class _SelfProjections(nn.Module):
-  """Projections of self-attention; queries, keys and values share one kernel.
+  """Projections of self-attention.
+
+  Queries, keys and values share one kernel, unless keys and values have fewer heads.
 
   Attributes:
     width: model dimension `embed`.
     heads: number of heads; must divide `width`.
     dtype: dtype of the computation; parameters are float32.
-    options: whether queries and keys are normed, and rotated.
+    options: whether queries and keys are normed, and rotated, and the heads of keys and values.
   """
 
   width: int
@@ -500,9 +525,18 @@ class _SelfProjections(nn.Module):
     head_dim = self.width // self.heads
     if self.options.qk_norm:
       self.query_norm, self.key_norm = layers.RMSNorm(self.dtype), layers.RMSNorm(self.dtype)
-    self.project_in = layers.HeadsProjection(
-      (3, self.heads, head_dim), 1, ('embed', 'qkv', 'heads', 'head_dim'), self.dtype
-    )
+    kv_heads = self.options.kv_heads
+    if kv_heads is None:
+      self.project_in = layers.HeadsProjection(
+        (3, self.heads, head_dim), 1, ('embed', 'qkv', 'heads', 'head_dim'), self.dtype
+      )
+    else:
+      self.project_query = layers.HeadsProjection(
+        (self.heads, head_dim), 1, ('embed', 'heads', 'head_dim'), self.dtype
+      )
+      self.project_keys_values = layers.HeadsProjection(
+        (2, kv_heads, head_dim), 1, ('embed', 'kv', 'heads', 'head_dim'), self.dtype
+      )
     self.project_out = layers.HeadsProjection(
       (self.width,), 2, ('heads', 'head_dim', 'embed'), self.dtype
     )
@@ -513,14 +547,18 @@ class _SelfProjections(nn.Module):
     position: int | Int[Array, ''] | Int[Array, 'batch'] = 0,
   ) -> tuple[
     Float[Array, 'batch length heads head_dim'],
-    Float[Array, 'batch length heads head_dim'],
-    Float[Array, 'batch length heads head_dim'],
+    Float[Array, 'batch length kv_heads head_dim'],
+    Float[Array, 'batch length kv_heads head_dim'],
   ]:
     """Returns queries, keys and values; `position` is the first of x, in all rows or in each."""
-    projected = self.project_in(x)
     names = ('activation_batch', 'activation_length', None, 'activation_heads', None)
-    projected = nn.with_logical_constraint(projected, names)
-    query, key, value = projected[:, :, 0], projected[:, :, 1], projected[:, :, 2]
+    if self.options.kv_heads is None:
+      projected = nn.with_logical_constraint(self.project_in(x), names)
+      query, key, value = projected[:, :, 0], projected[:, :, 1], projected[:, :, 2]
+    else:
+      query = nn.with_logical_constraint(self.project_query(x), names[:2] + names[3:])
+      projected = nn.with_logical_constraint(self.project_keys_values(x), names)
+      key, value = projected[:, :, 0], projected[:, :, 1]
     if self.options.qk_norm:
       query, key = self.query_norm(query), self.key_norm(key)
     grid = self.options.rotary_grid
@@ -540,8 +578,10 @@ class _SelfProjections(nn.Module):
   ) -> Float[Array, '3 batch length width']:
     """Returns queries, keys and values with heads side by side."""
     names = (None, 'activation_batch', 'activation_length', 'activation_heads')
-    if self.options.qk_norm or self.options.rotary_grid is not None:  # Each head by itself.
-      packed = jnp.stack([_side_by_side(part) for part in self.project(x)])
+    options = self.options
+    if options.qk_norm or options.rotary_grid is not None or options.kv_heads is not None:
+      parts = [for_each_head(part, self.heads) for part in self.project(x)]
+      packed = jnp.stack([_side_by_side(part) for part in parts])
     else:
       packed = self.project_in(x, (x.shape[-1],))
     return nn.with_logical_constraint(packed, names)
@@ -597,7 +637,8 @@ class PatternedSelfAttention(_SelfProjections):
         for pattern in patterns
       ]
       return self._project_out_packed(_call_chosen(forms, index, self._project_packed(x)))
-    query, key, value = self.project(x)
+    query, *shared = self.project(x)
+    key, value = (for_each_head(part, self.heads) for part in shared)
     return self.project_out(attend_in_schedule(query, key, value, patterns, index))
 
   def decode(
@@ -633,8 +674,8 @@ class PatternedSelfAttention(_SelfProjections):
   def attend_ahead(
     self,
     query: Float[Array, 'batch length heads head_dim'],
-    key: Float[Array, 'batch length heads head_dim'],
-    value: Float[Array, 'batch length heads head_dim'],
+    key: Float[Array, 'batch length kv_heads head_dim'],
+    value: Float[Array, 'batch length kv_heads head_dim'],
     cache: KeysValues,
     position: Int[Array, ''] | Int[Array, 'batch'],
     pattern: attention_patterns.AttentionPattern,
@@ -687,7 +728,7 @@ class CrossAttention(nn.Module):
     width: model dimension `embed`.
     heads: number of heads; must divide `width`.
     dtype: dtype of the computation; parameters are float32.
-    options: whether queries and keys are normed.
+    options: whether queries and keys are normed, and the heads of keys and values.
   """
 
   width: int
@@ -702,8 +743,9 @@ class CrossAttention(nn.Module):
     self.project_query = layers.HeadsProjection(
       (self.heads, head_dim), 1, ('embed', 'heads', 'head_dim'), self.dtype
     )
+    kv_heads = self.heads if self.options.kv_heads is None else self.options.kv_heads
     self.project_memory = layers.HeadsProjection(
-      (2, self.heads, head_dim), 1, ('embed', 'kv', 'heads', 'head_dim'), self.dtype
+      (2, kv_heads, head_dim), 1, ('embed', 'kv', 'heads', 'head_dim'), self.dtype
     )
     self.project_out = layers.HeadsProjection(
       (self.width,), 2, ('heads', 'head_dim', 'embed'), self.dtype
@@ -712,7 +754,7 @@ class CrossAttention(nn.Module):
   def keys_values(
     self, encoded: Float[Array, 'batch length features']
   ) -> tuple[
-    Float[Array, 'batch length heads head_dim'], Float[Array, 'batch length heads head_dim']
+    Float[Array, 'batch length kv_heads head_dim'], Float[Array, 'batch length kv_heads head_dim']
   ]:
     """Returns keys and values of the sequence to attend to."""
     projected = self.project_memory(encoded)
@@ -732,8 +774,8 @@ class CrossAttention(nn.Module):
     x: Float[Array, 'batch query_length embed'],
     other: Float[Array, 'batch length features']
     | tuple[
-      Float[Array, 'batch heads length head_dim'] | quantization.QuantizedVectors,
-      Float[Array, 'batch heads length head_dim'] | quantization.QuantizedVectors,
+      Float[Array, 'batch kv_heads length head_dim'] | quantization.QuantizedVectors,
+      Float[Array, 'batch kv_heads length head_dim'] | quantization.QuantizedVectors,
     ],
     mask: Bool[Array, '#batch 1 1 length'] | None = None,
   ) -> Float[Array, 'batch query_length embed']:
@@ -753,7 +795,8 @@ class CrossAttention(nn.Module):
     if isinstance(other, tuple):
       assert mask is not None
       return self.project_out(attend_cached(query, *other, mask))
-    return self.project_out(attend_to_keys(query, *self.keys_values(other), mask))
+    key, value = (for_each_head(part, self.heads) for part in self.keys_values(other))
+    return self.project_out(attend_to_keys(query, key, value, mask))
 
   def _call_packed(
     self,
@@ -762,9 +805,10 @@ class CrossAttention(nn.Module):
     mask: Bool[Array, '#batch 1 1 length'] | None,
   ) -> Float[Array, 'batch query_length embed']:
     names = ('activation_batch', 'activation_length', 'activation_heads')
-    if self.options.qk_norm:  # Each head by itself.
+    if self.options.qk_norm or self.options.kv_heads is not None:
       query = _side_by_side(self._queries(x))
-      keys_values = jnp.stack([_side_by_side(part) for part in self.keys_values(other)])
+      parts = [for_each_head(part, self.heads) for part in self.keys_values(other)]
+      keys_values = jnp.stack([_side_by_side(part) for part in parts])
     else:
       query = self.project_query(x, (x.shape[-1],))
       keys_values = self.project_memory(other, (other.shape[-1],))

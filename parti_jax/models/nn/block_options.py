@@ -26,12 +26,15 @@ class BlockOptions:
     qk_norm: whether an RMSNorm over head_dim follows the projections of queries and keys.
     rotary_grid: rows and columns of the positions by which self-attention rotates queries and keys
       (`rotary.rotate`); None to leave them.
+    kv_heads: number of heads of keys and values, each for as many heads of queries; None for one
+      for each of them. Only of decoders.
   """
 
   norm: str = 'layer'
   mlp: str = 'gelu'
   qk_norm: bool = False
   rotary_grid: tuple[int, int] | None = None
+  kv_heads: int | None = None
 
   def make_norm(self, dtype: jnp.dtype) -> nn.Module:
     return NORMS[self.norm](dtype)

@@ -23,12 +23,12 @@ from parti_jax.models.nn import layers
 from parti_jax.models.nn import quantization
 
 # Keys and values of one layer's cross-attention to the text, with heads before positions.
-_OfText = Float[Array, 'batch heads text_length head_dim'] | quantization.QuantizedVectors
+_OfText = Float[Array, 'batch kv_heads text_length head_dim'] | quantization.QuantizedVectors
 TextKeysValues = tuple[_OfText, _OfText]
 
 # Keys and values of some positions in one layer's self-attention.
 Entry = tuple[
-  Float[Array, 'batch length heads head_dim'], Float[Array, 'batch length heads head_dim']
+  Float[Array, 'batch length kv_heads head_dim'], Float[Array, 'batch length kv_heads head_dim']
 ]
 
 # Logical axes of the keys and values of a cache; their scales in int8 lack the last one.
@@ -250,8 +250,8 @@ class DecoderBlock(nn.Module):
     position: Int[Array, ''] | Int[Array, 'batch'],
   ) -> tuple[
     Float[Array, 'batch length heads head_dim'],
-    Float[Array, 'batch length heads head_dim'],
-    Float[Array, 'batch length heads head_dim'],
+    Float[Array, 'batch length kv_heads head_dim'],
+    Float[Array, 'batch length kv_heads head_dim'],
   ]:
     """Returns query, key and value of self-attention for the block's input x.
 
@@ -457,10 +457,11 @@ class Decoder(nn.Module):
     texts = [_apply(self.block, params, encoded, method='keys_values') for params in self._layers()]
     if int8_cache:
       texts = [jax.tree.map(quantization.quantize_vectors, text) for text in texts]
+    kv_heads = self.heads if self.options.kv_heads is None else self.options.kv_heads
     caches: list[attention.KeysValues] = []
     for number in range(self.num_layers):
       num_slots = self.patterns[number % len(self.patterns)].num_slots(length)
-      shape = (encoded.shape[0], self.heads, num_slots, self.width // self.heads)
+      shape = (encoded.shape[0], kv_heads, num_slots, self.width // self.heads)
       empty: Any = _empty_int8(shape) if int8_cache else _zeros(shape, self.dtype)
       caches.append((empty, empty))
     return DecoderState(jnp.int32(0), caches, texts, text_mask)

@@ -1,5 +1,6 @@
 """Tests the TPU's attention kernel, in Pallas' interpreter, against attention over all pairs."""
 
+import dataclasses
 import functools
 
 import gradients
@@ -18,7 +19,7 @@ from parti_jax.partitioning import rules
 
 BATCH, LENGTH, TEXT, WIDTH = 2, 256, 128, 256
 # What the kernel doesn't compute itself.
-OPTIONS = {'qk_norm': True, 'rotary_grid': (8, 32)}
+OPTIONS = {'qk_norm': True, 'rotary_grid': (8, 32), 'kv_heads': 2}
 
 
 def pattern_of(name):
@@ -135,7 +136,8 @@ def test_blocks_with_the_kernel_equal_those_without(request, index, options):
   """The same parameters, outputs and gradients of all of them."""
   patterns = (pattern_of('conv'), pattern_of('row'))
   options = block_options.BlockOptions(**options)
-  encoder = transformer.EncoderBlock(WIDTH, 64, 4, options=options)
+  of_encoder = dataclasses.replace(options, rotary_grid=None, kv_heads=None)
+  encoder = transformer.EncoderBlock(WIDTH, 64, 4, options=of_encoder)
   decoder = transformer.DecoderBlock(WIDTH, 64, 4, options=options)
   text, x = normal(BATCH, TEXT, WIDTH), normal(BATCH, LENGTH, WIDTH)
   mask = jnp.arange(TEXT)[None, None, None] < jnp.array([5, 90])[:, None, None, None]
