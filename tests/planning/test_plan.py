@@ -1,5 +1,6 @@
 """Tests `parti-jax plan`: its JSON, text and exit status; search, table and remedies."""
 
+import dataclasses
 import json
 import re
 
@@ -509,6 +510,30 @@ def test_candidates_fit_the_models_shapes():
   assert {dict(candidate.mesh)['stage'] for candidate in sampled} == {1}
   assert smaller[0].seconds < sampled[0].seconds
   assert all(mesh['data'] % 2 == 0 for mesh in candidates.meshes(model, 64, 2, stages=True))
+
+
+def test_candidates_split_the_heads_of_keys():
+  model = parti_config.PartiConfig(heads=8, width=64, mlp_width=128)
+  fewer = dataclasses.replace(model, kv_heads=2)
+  sampled = [
+    candidates.of_sampling(sizes, 128, 64, chips.CHIPS['v5e'], 16) for sizes in (model, fewer)
+  ]
+  tensor = [{dict(candidate.mesh)['tensor'] for candidate in found} for found in sampled]
+  assert max(tensor[0]) == 8 and tensor[1] == {1, 2}
+  bytes_of = [
+    next(found.bytes for found in each if dict(found.mesh)['data'] == 16) for each in sampled
+  ]
+  # A quarter of the cache, which is twelve layers' of 1,024 + 128 tokens, and fewer weights.
+  cache = 2 * 2 * 128 * 12 * 64 * 1152 / 16
+  weights = 2 * 12 * 2 * 64 * (64 - 16)
+  assert bytes_of[0] - bytes_of[1] == pytest.approx(0.75 * cache + weights)
+
+
+def test_a_planned_cache_has_the_heads_of_keys():
+  config = parti_config.PartiConfig(heads=8, width=64, kv_heads=2)
+  place = lambda shape, dtype, axes: jax.ShapeDtypeStruct(shape, dtype)
+  assert steps._keys(config, 6, 10, 'float', place).shape == (6, 2, 10, 8)
+  assert steps._keys(config, 6, 10, 'int8', place).scale.shape == (6, 2, 10)
 
 
 def test_a_mesh_that_is_far_too_small_is_not_a_candidate():
