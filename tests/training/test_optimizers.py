@@ -427,10 +427,13 @@ def test_muon_by_hand():
         ),
       )
     ),
+    generator_objective.GeneratorObjective(
+      dataclasses.replace(_SIZES, mlp='swiglu', qk_norm=True, positions='rotary_2d')
+    ),
     ranker_objective.RankerObjective(_COCA),
     tokenizer_objective.TokenizerObjective(_TOKENIZER),
   ],
-  ids=['generator', 'with_t5', 'ranker', 'tokenizer'],
+  ids=['generator', 'with_t5', 'with_options', 'ranker', 'tokenizer'],
 )
 def test_muon_takes_the_axes_of_matrices_by_their_names(objective):
   boxed = jax.eval_shape(objective.init, jax.random.key(0))
