@@ -83,7 +83,10 @@ show_progress() {
   local line
   while IFS= read -r line; do
     case $line in
-      Collecting* | Building* | Installing*) printf '  %.100s\n' "$line" ;;
+      Collecting* | Building* | Installing*)
+        ((${#line} <= 100)) || line=${line:0:97}...
+        printf '  %s\n' "$line"
+        ;;
     esac
   done
 }
