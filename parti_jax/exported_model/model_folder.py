@@ -569,7 +569,11 @@ def _check_complete(folder: pathlib.Path, files: Iterable[str]):
   if not folder.is_dir():
     raise UserError(f'the model folder {folder} does not exist')
   if not any((folder / name).is_file() for name in _ALL_FILES):
-    raise UserError(f"{folder} isn't a model folder: it has none of {', '.join(FILES)}")
+    run = ', but the checkpoints of a run; `parti-jax export` makes a model folder of runs'
+    raise UserError(
+      f"{folder} isn't a model folder: it has none of {', '.join(FILES)}"
+      f'{run if (folder / "checkpoints").is_dir() else ""}'
+    )
   missing = [name for name in files if not (folder / name).is_file()]
   if missing:
     raise UserError(

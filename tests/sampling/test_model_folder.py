@@ -105,6 +105,9 @@ def test_missing_folder(tmp_path):
     model_folder.load(tmp_path / 'nowhere')
   with pytest.raises(UserError, match="isn't a model folder"):
     model_folder.load(tmp_path)
+  (tmp_path / 'checkpoints').mkdir()
+  with pytest.raises(UserError, match='checkpoints of a run; `parti-jax export`'):
+    model_folder.load(tmp_path)
 
 
 @pytest.mark.parametrize('name', model_folder.FILES)

@@ -244,6 +244,16 @@ def test_a_tokenizer_of_another_size_is_named(make_objective):
     objective.constants()
 
 
+def test_a_missing_tokenizer_is_named_and_not_planned_with(tmp_path):
+  objective = super_resolution_objective.SuperResolutionObjective(
+    NETWORK, image_size=16, tokenizer=str(tmp_path / 'run')
+  )
+  with pytest.raises(
+    UserError, match=r"SuperResolutionObjective.tokenizer='.*/run': .*no training"
+  ):
+    objective.constants()
+
+
 def test_a_plan_needs_no_trained_tokenizer(make_objective, tokenizer_params, monkeypatch, tmp_path):
   objective = make_objective(tokenizer='runs/tokenizer')
   shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)

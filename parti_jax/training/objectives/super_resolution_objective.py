@@ -176,8 +176,9 @@ class SuperResolutionObjective(base.Objective):
     """
     found: dict[str, Any] = {}
     if self.tokenizer is not None:
-      self._checked_config()
+      # First, because the config of one that is missing would be a plan's.
       found['tokenizer'] = self.frozen_tokenizer.params
+      self._checked_config()
     if self.perceptual_weight:
       found['perceptual'] = lpips_weights.of_objective(self)
     return found
