@@ -1,5 +1,6 @@
 """Sampling with other norms, MLPs, positions and heads gives what a whole sequence gives."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -8,12 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import parti_jax
+from parti_jax.exported_model import model_folder
 from parti_jax.models import parti
 from parti_jax.models import parti_config
 from parti_jax.models import token_decoder
+from parti_jax.models import vit_vqgan
 from parti_jax.models.nn import attention
 from parti_jax.models.nn import attention_patterns
 from parti_jax.models.nn import quantization
+from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.sampling import adaptive
 from parti_jax.sampling import decoding
 from parti_jax.sampling import parameters
@@ -45,10 +50,10 @@ PREVIOUS = jnp.pad(IMAGES[:, :-1], ((0, 0), (1, 0)))
 
 
 @functools.cache
-def params():
+def params(config=CONFIG):
   """Parameters large enough for texts and tokens to matter."""
-  init = functools.partial(parti.Parti(CONFIG).init, jax.random.key(0))
-  stacked = nn.meta.unbox(jax.jit(init)(*parti.example_inputs(CONFIG)))['params']
+  init = functools.partial(parti.Parti(config).init, jax.random.key(0))
+  stacked = nn.meta.unbox(jax.jit(init)(*parti.example_inputs(config)))['params']
   return jax.tree.map(lambda leaf: 1.5 * leaf, stacked)
 
 
@@ -200,3 +205,48 @@ def test_shared_keys_can_be_read_before_a_position_is_written():
   written = attention.write_cache(cache, key, value, *at)
   expected = attention.attend_cached(query, *attention.read_cache(written, *at))
   np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.fixture(scope='module')
+def folder(parts, tmp_path_factory):
+  """A model with all options, whose rings turn within a picture of 3×3 tokens."""
+  config = dataclasses.replace(
+    CONFIG,
+    width=16,
+    text_vocabulary=parts['generator_config'].text_vocabulary,
+    text_length=24,
+    codebook_size=12,
+    grid=(3, 3),
+  )
+  tokenizer = dataclasses.replace(parts['tokenizer_config'], image_size=12)
+  variables = jax.jit(vit_vqgan.ViTVQGAN(tokenizer).init)(
+    jax.random.key(0), *vit_vqgan.example_inputs(tokenizer)
+  )
+  changed = parts | {
+    'generator_config': config,
+    'generator_params': params(config),
+    'tokenizer_config': tokenizer,
+    'tokenizer_params': nn.meta.unbox(variables)['params'],
+  }
+  return model_folder.save(
+    tmp_path_factory.mktemp('models') / 'options', dtype='float32', **changed
+  )
+
+
+def test_pictures_are_the_same_on_a_mesh_and_in_a_running_batch(folder):
+  """With each kind of cache. The folder's config.json has all options."""
+  prompts = ['red apple', 'blue ball']
+  for cache in ('float', 'int8'):
+    model = parti_jax.load(folder, cache=cache)
+    expected = model.generate(prompts, num_images=1, seed=3)
+    assert len(np.unique(expected.tokens)) > 2
+    with parti_jax.ContinuousSampler(model, 2) as sampler:
+      first = sampler.submit(prompts[0], seed=3)
+      first.result()
+      pictures = [first, sampler.submit(prompts[1], seed=3)]
+      for picture, tokens in zip(pictures, expected.tokens, strict=True):
+        np.testing.assert_array_equal(picture.result().tokens[0], tokens)
+    if len(jax.devices()) >= 4:
+      mesh = mesh_lib.make_mesh(data=1, fsdp=2, tensor=2, devices=jax.devices()[:4])
+      sharded = parti_jax.load(folder, mesh, cache=cache).generate(prompts, num_images=1, seed=3)
+      np.testing.assert_array_equal(sharded.tokens, expected.tokens)
