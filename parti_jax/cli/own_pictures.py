@@ -116,7 +116,7 @@ def _plan(args: argparse.Namespace) -> own_plan.Plan:
   plan.save(args.output_dir)
   print(
     f'{plan.examples:,} captioned pictures in {folder}; drawing {plan.image_size} × '
-    f'{plan.image_size} pixels after about {plan.minutes:g} minutes of training'
+    f'{plan.image_size} pixels after about {plan.minutes:g} min of training'
   )
   if plan.examples < 100:
     print(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from parti_jax.core import texts
 from parti_jax.partitioning import compiler_options
 
 _GIB = 2**30
@@ -105,8 +106,9 @@ def _head(plan) -> str:
   unit = 'examples' if plan['what'] == 'train' else 'images'
   return '\n'.join(
     [
-      f'{plan["what"]}: {name_of(plan)}, {plan["parameters"] / 1e9:.2f}B parameters, on '
-      f'{plan["topology"]}: {plan["chips"]} chips, {plan["devices"]} devices',
+      f'{plan["what"]}: {name_of(plan)}, {texts.short_count(plan["parameters"])} parameters, on '
+      f'{plan["topology"]}: {texts.counted(plan["chips"], "chip")}, '
+      f'{texts.counted(plan["devices"], "device")}',
       f'  mesh        {mesh_of(plan)}',
       f'  batch       {plan["batch_size"]:,} {unit}',
       f'  settings    {settings}',
@@ -125,11 +127,11 @@ def _memory(plan) -> str:
   lines = ['bytes per device']
   for name, value in memory.items():
     if value or name != 'resident':
-      lines.append(f'  {name.replace("_", " "):22}{_gib(value)}')
-  of = f' of {_gib(capacity).strip()} of HBM, {total / capacity:.0%}' if capacity else ''
-  lines.append(f'  {"total":22}{_gib(total)}{of}')
+      lines.append(f'  {name.replace("_", " "):22}{_size(value)}')
+  of = f' of {_size(capacity).strip()} of HBM, {total / capacity:.0%}' if capacity else ''
+  lines.append(f'  {"total":22}{_size(total)}{of}')
   if host:
-    lines.append(f'  {"in the host":22}{_gib(host)}')
+    lines.append(f'  {"in the host":22}{_size(host)}')
   return '\n'.join(lines)
 
 
@@ -245,8 +247,8 @@ def _verdict(plan) -> str:
     what = f'XLA says: {plan["exhausted"]["message"]}'
   else:
     needed, available = plan['memory']['total'], plan['memory']['capacity']
-    what = f'{_gib(needed).strip()} of {_gib(available).strip()}'
-  by = '' if needed is None else f' by {_gib(needed - available).strip()} a device'
+    what = f'{_size(needed).strip()} of {_size(available).strip()}'
+  by = '' if needed is None else f' by {_size(needed - available).strip()} a device'
   return '\n'.join(
     [
       f'it does not fit{by}: {what}',
@@ -256,5 +258,8 @@ def _verdict(plan) -> str:
   )
 
 
-def _gib(value: float) -> str:
-  return f'{value / _GIB:10.2f} GiB'
+def _size(value: float) -> str:
+  for unit, size in (('GiB', _GIB), ('MiB', 1 << 20)):
+    if abs(value) >= 0.1 * size:
+      return f'{value / size:10.2f} {unit}'
+  return f'{value / 1024:10.2f} KiB'

@@ -13,6 +13,7 @@ from jaxtyping import Shaped
 from parti_jax.checkpoints import checkpoint_manager
 from parti_jax.checkpoints import run_checkpoints
 from parti_jax.checkpoints import whole_moments
+from parti_jax.core import texts
 from parti_jax.data import shared_batches
 from parti_jax.partitioning import compiler_options
 from parti_jax.runs import journal as journal_lib
@@ -95,8 +96,9 @@ class Run:
     mesh = '×'.join(f'{axis} {size}' for axis, size in facts['mesh'].items())
     where = f'resuming at step {self.step}' if self.resumed else 'starting at step 0'
     among = f' of {jax.process_count()} processes' if jax.process_count() > 1 else ''
-    devices = f'{jax.device_count()} {jax.devices()[0].device_kind} devices{among} ({mesh})'
-    lines = [f'{facts["stage"]}: {facts["parameters"] / 1e6:.1f}M parameters on {devices}, {where}']
+    devices = texts.counted(jax.device_count(), f'{jax.devices()[0].device_kind} device')
+    parameters = texts.short_count(facts['parameters'])
+    lines = [f'{facts["stage"]}: {parameters} parameters on {devices}{among} ({mesh}), {where}']
     if self._checkpoints.factored:
       lines.append(whole_moments.line(self._checkpoints.factored))
     options = self._trainer.compiler_options

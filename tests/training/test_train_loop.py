@@ -319,7 +319,7 @@ def test_a_run_shows_metrics_and_pictures(tmp_path, capsys, tokenizer_bindings):
   with Image.open(tmp_path / 'pictures' / 'reconstructions_00000006.png') as image:
     assert image.size == (2 * 32, 3 * 16)  # Five pairs of pictures, two in a row.
   shown = capsys.readouterr().err
-  assert 'tokenizer: 0.0M parameters on 8 cpu devices (stage 1×data 8×fsdp 1×tensor 1)' in shown
+  assert 'tokenizer: 27,840 parameters on 8 cpu devices (stage 1×data 8×fsdp 1×tensor 1)' in shown
   assert 'starting at step 0' in shown and 'step 6: validation/code_perplexity' in shown
   assert 'examples skipped: ' in shown
   # What gin was, in a form that gin reads.
