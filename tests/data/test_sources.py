@@ -138,7 +138,8 @@ def test_folder_with_bad_lines(folder, encode, line, message, times):
 
 def test_folder_without_captions_file_or_rows(tmp_path):
   gin.parse_config(f"folder.path = '{tmp_path}'")
-  with pytest.raises(UserError, match='captions.jsonl.*folder.path, folder.splits'):
+  missing = r'captions.jsonl does not exist .*folder.path, folder.splits.*if each .*\*\*/\*\.txt'
+  with pytest.raises(UserError, match=missing):
     Batches('folder_images', 'train', 1, {'images': 8})
   (tmp_path / 'captions.jsonl').write_text('\n')
   with pytest.raises(UserError, match='captions.jsonl'):

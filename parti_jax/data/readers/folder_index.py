@@ -180,6 +180,11 @@ def _lines(path: str):
         if len(line) > _MAX_LINE:
           raise UserError(f'{path} has a line of more than {_MAX_LINE:,} characters')
         yield line
+  except FileNotFoundError as error:
+    raise UserError(
+      f'the captions file {path} does not exist (gin: folder.path, folder.splits); if each picture '
+      "has a text file, set --gin.folder.splits=\"{'train': '**/*.txt'}\""
+    ) from error
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(
       f'the captions file {path} cannot be read '
