@@ -172,11 +172,17 @@ def check_lengths(name: str, features: Iterable[str], lengths: Mapping[str, int]
   if set(features) != set(lengths):
     raise UserError(
       f'{name} has the features {", ".join(sorted(features))}, but feature_lengths '
-      f'gives {", ".join(sorted(lengths)) or "none"}'
+      f'gives {", ".join(sorted(lengths)) or "none"}{_hint(lengths)}'
     )
   for feature, length in lengths.items():
     if not isinstance(length, int) or length < 1:
       raise UserError(f'feature_lengths[{feature!r}] = {length!r} must be a positive whole number')
+
+
+def _hint(lengths: Mapping[str, int]) -> str:
+  kinds = _KINDS | {TOKEN_TASKS[-1]: ('inputs', 'targets')}
+  fitting = [kind for kind, features in kinds.items() if set(features) == set(lengths)]
+  return f"; a run that needs these has train.task = '{fitting[0]}'" if fitting else ''
 
 
 def names() -> list[str]:

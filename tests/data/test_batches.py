@@ -288,8 +288,9 @@ def test_threads_and_processes_change_nothing(folder, encode, values):
 @pytest.mark.parametrize(
   'lengths, message',
   [
-    ({'inputs': 8}, 'folder_images .* images.* inputs'),
-    ({}, 'folder_images .* images'),
+    ({'inputs': 8}, "folder_images .* images.* inputs; .* train.task = 'texts'$"),
+    ({'inputs': 8, 'targets': 4}, "train.task = 'cached_tokens'$"),
+    ({}, 'folder_images .* images.* none$'),
     ({'images': 0}, r"feature_lengths\['images'\] = 0"),
     ({'images': 8.0}, r"feature_lengths\['images'\] = 8\.0"),
   ],
