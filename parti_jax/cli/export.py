@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import pathlib
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
   made_with = {name: part.made_with for name, part in parts.items()}
   if base:
     made_with |= _made_with_base(base, [name for name in parts if not getattr(args, name)])
-  vocabulary = base and base.vocabulary_path
+  vocabulary: str | pathlib.Path | None = base.vocabulary_path if base else None
   if args.vocabulary:
     vocabulary = _vocabulary(args.vocabulary)
     provenance |= _text_encoder_origin(args.vocabulary, made_with['generator'])

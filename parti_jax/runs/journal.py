@@ -167,8 +167,9 @@ class Journal:
       metrics: the latest metrics, of which 'loss' and 'examples_per_second' are written.
     """
     elapsed = time.monotonic() - self._started
-    kept = {name: metrics[name] for name in ('loss', 'examples_per_second') if name in metrics}
-    self._progress = _time(), {'step': step, **kept}
+    facts: dict[str, Any] = {'step': step}
+    facts |= {name: metrics[name] for name in ('loss', 'examples_per_second') if name in metrics}
+    self._progress = _time(), facts
     if elapsed >= self._progress_due:
       self._progress_due = elapsed + min(600.0, max(10.0, elapsed / 10))
       self._write_progress()
