@@ -108,6 +108,6 @@ def _read(file: str) -> dict[str, str | None]:
   """Reads fingerprints, {kind: digits}."""
   try:
     found = storage.read_json(file, _LARGEST)
-    return {kind: found.get(kind) for kind in fingerprints.KINDS}
+    return {kind: digits for kind in fingerprints.KINDS if (digits := found.get(kind))}
   except (OSError, ValueError, AttributeError) as error:
     raise UserError(f'{file} is damaged; remove it') from error

@@ -55,7 +55,7 @@ class _Borrower(generator_objective.GeneratorObjective):
   asked = 0
 
   def initial_parts(self, abstract_params, inputs):
-    assert inputs.state() == {'vocabulary': None, 'tokenizer': None}
+    assert inputs.state() == dict.fromkeys(('vocabulary', 'tokenizer', 'text_encoder'))
     type(self).asked += 1
     ones = jax.tree.map(lambda leaf: np.ones(leaf.shape), abstract_params['text_encoder'])
     return {'text_encoder': run_checkpoints.put_like(ones, abstract_params['text_encoder'])}
