@@ -245,6 +245,9 @@ def test_parti_starts_with_exactly_the_encoder_of_a_run_that_needs_no_pictures(t
   other = dataclasses.replace(model, width=64)
   with pytest.raises(UserError, match='G.text_encoder=.*width is 32 there and 64 here'):
     initial_text_encoder.parts(str(tmp_path / 'encoder'), other, None, inputs, 'G.text_encoder')
+  other = dataclasses.replace(model, norm='rms')
+  with pytest.raises(UserError, match='G.text_encoder=.*norm is layer there and rms here'):
+    initial_text_encoder.parts(str(tmp_path / 'encoder'), other, None, inputs, 'G.text_encoder')
   ours = {'vocabulary': fingerprints.Fingerprint('0123', "vocabulary.path='ours'")}
   theirs = datasets.get_vocabulary().fingerprint
   with pytest.raises(
