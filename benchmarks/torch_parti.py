@@ -119,13 +119,14 @@ class Parti(nn.Module):
   """Predicts image tokens from text and earlier image tokens.
 
   Args:
-    config: a PartiConfig with Parti's own text encoder and one attention pattern.
+    config: a PartiConfig with Parti's own text encoder, one attention pattern, and the paper's blocks.
     dtype: dtype of the activations between blocks.
   """
 
   def __init__(self, config, dtype=torch.float32):
     super().__init__()
     assert config.text_encoder is None and len(config.patterns) == 1
+    assert config.decoder_options == type(config.decoder_options)(), 'only blocks of the paper'
     self.config, self.dtype = config, dtype
     width, (rows, columns) = config.width, config.grid
     self.piece_embedding = nn.Embedding(config.text_vocabulary, width)
