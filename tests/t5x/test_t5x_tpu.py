@@ -111,7 +111,8 @@ def test_step_on_a_tpu_that_t5x_does_not_know(name, shapes_of_slices, mesh, rows
     text = step.lower(trainer.train_state, batch).as_text()
   assert dict(partitioner.mesh.shape) == mesh
   kernels = [line for line in text.splitlines() if 'tpu_custom_call' in line]
-  assert kernels and all(f'tensor<{rows}x1x128x128xbf16>' in line for line in kernels)
+  # One head of 128 lanes on each device, of queries, keys and values.
+  assert kernels and all(f'tensor<3x{rows}x128x128xbf16>' in line for line in kernels)
   batch_axes = ', '.join(f'"{axis}"' for axis in mesh if axis != 'model')
   logits = re.escape(f'[{{{batch_axes}}}, {{}}, {{"model"}}]> : tensor<8x128x64xf32>')
   assert re.search(logits, text)
