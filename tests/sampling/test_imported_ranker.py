@@ -168,7 +168,9 @@ def test_exporting_again_keeps_and_replaces_a_ranker(exported, imported, varied,
 def test_a_folder_without_a_ranker_is_refused(varied, tmp_path, capsys):
   command = ['generate', 'red apple', f'--model={varied}', f'--ranker={varied}']
   assert main.main([*command, f'--output_dir={tmp_path}/pictures']) == 2
-  assert 'has no ranker, only a generator and a tokenizer; give one that has' in capsys.readouterr().err
+  assert (
+    'has no ranker, only a generator and a tokenizer; give one that has' in capsys.readouterr().err
+  )
 
 
 def test_pictures_of_any_shape_are_prepared_as_the_folder_says(imported, tmp_path):

@@ -104,7 +104,7 @@ def write(folder, config):
 def test_wrong_values_of_each_entry(folder, path, monkeypatch):
   # Skips the slow parts that don't concern the file.
   monkeypatch.setattr(parameter_files, 'read', lambda path, expected: None)
-  monkeypatch.setattr(model_folder, 'abstract', lambda name, config: None)
+  monkeypatch.setattr(model_folder, 'abstract', lambda name, config: {})
   for name, value in WRONG.items():
     write(folder, edited(path, value))
     if name in ALLOWED.get(path, ()):
@@ -125,7 +125,7 @@ def test_wrong_values_of_each_entry(folder, path, monkeypatch):
 @pytest.mark.parametrize('path', [path for path in entries(CONFIG) if len(path) == 2])
 def test_entries_that_are_missing_or_unknown(folder, path, monkeypatch):
   monkeypatch.setattr(parameter_files, 'read', lambda path, expected: None)
-  monkeypatch.setattr(model_folder, 'abstract', lambda name, config: None)
+  monkeypatch.setattr(model_folder, 'abstract', lambda name, config: {})
   part, name = path
   config = copy.deepcopy(CONFIG)
   config[part][f'{name}\n2'] = config[part].pop(name)
