@@ -143,7 +143,7 @@ def test_text_files(tmp_path, caplog):
   assert batches.shortened['caption cut to 65,536 bytes'] == 1
   # The vocabulary is trained on the same texts.
   source = sources.configured('text')
-  assert len(list(vocabulary._with_text(source, 'train'))) == count
+  assert len(list(vocabulary._with_text([source], 'train'))) == count
   assert 'c.txt.gz: ' in caplog.text
 
 

@@ -51,7 +51,7 @@ def test_lines_of_text_files(tmp_path):
 def test_a_text_file_makes_a_vocabulary(tmp_path):
   (tmp_path / 'a.txt').write_text('\n'.join(TEXTS))
   gin_config.parse(['gin_configs/tasks/text.gin'], [f"text.path = '{tmp_path}'"])
-  found = vocabulary_lib._with_text(sources.configured('text'), 'train')
+  found = vocabulary_lib._with_text([sources.configured('text')], 'train')
   assert list(found) == TEXTS
 
 
@@ -98,5 +98,7 @@ def test_a_task_of_pairs_is_not_a_task_of_texts(tmp_path):
   (tmp_path / 'captions.jsonl').write_text('{"file": "a.png", "caption": "red circle"}')
   (tmp_path / 'a.png').write_bytes(b'')
   gin_config.parse(['gin_configs/tasks/folder.gin'], [f"folder.path = '{tmp_path}'"])
-  with pytest.raises(UserError, match='folder_pairs .*images, inputs.* inputs$'):
+  with pytest.raises(
+    UserError, match="folder_pairs .*images, inputs.* inputs; .*train.task = 'texts'$"
+  ):
     Batches('pairs', 'train', 1, LENGTHS)

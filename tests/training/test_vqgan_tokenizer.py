@@ -21,6 +21,7 @@ from parti_jax.data import token_cache_info
 from parti_jax.exported_model import model_folder
 from parti_jax.models import discriminator
 from parti_jax.models import image_tokenizers
+from parti_jax.models import kinds
 from parti_jax.models import parti_config
 from parti_jax.models import vit_vqgan
 from parti_jax.models import vqgan
@@ -250,7 +251,11 @@ def test_a_run_is_read_as_what_it_is(quantizer, tmp_path, monkeypatch):
   )
   np.testing.assert_array_equal(tokens, wanted)
   monkeypatch.setattr(
-    run_checkpoints, '_kinds', lambda name: {'vit_vqgan': vit_vqgan.ViTVQGANConfig}
+    run_checkpoints,
+    '_kinds',
+    lambda name: kinds.Configs(
+      'an image tokenizer', 'image_tokenizers', object, {'vit_vqgan': vit_vqgan.ViTVQGANConfig}
+    ),
   )
   with pytest.raises(UserError, match="of the kind 'vqgan', which is not one of .*--import=MODULE"):
     frozen_tokenizer.load(tmp_path)
