@@ -49,31 +49,15 @@ newest() {
   printf %s "$most"
 }
 
-# Passes a signal on to the command, which is then not restarted.
-stopping='' child=''
-forward() {
-  stopping=yes
-  [[ -z $child ]] || kill "-$1" "$child" 2>/dev/null || true
-}
-trap 'forward TERM' TERM
-trap 'forward INT' INT
-trap 'forward HUP' HUP
-# Without job control Bash would have commands in the background ignore Ctrl-C.
-set -m
+# A signal is passed on to the command, which is then not restarted.
+# shellcheck source=child.sh
+source "$(dirname "${BASH_SOURCE[0]}")/child.sh"
 
 crashes=0
 while true; do
   was=$(newest)
   status=0
-  # In the background, since bash would look at signals only after the end of another command.
-  "$@" </dev/null &
-  child=$!
-  wait "$child" || status=$?
-  while kill -0 "$child" 2>/dev/null; do  # A signal has ended `wait` and not the command.
-    status=0
-    wait "$child" || status=$?
-  done
-  child=''
+  run "$@" || status=$?
   case $status in
     0 | 2 | 126 | 127 | 130) exit "$status" ;;
     75 | 143) why='was asked to stop' ;;

@@ -95,32 +95,8 @@ if [[ -n $smoke ]]; then
   )
 fi
 
-# Passes a signal on to the command that runs, and ends after it.
-stopping='' child=''
-forward() {
-  stopping=yes
-  [[ -z $child ]] || kill "-$1" "$child" 2>/dev/null || true
-}
-trap 'forward TERM' TERM
-trap 'forward INT' INT
-trap 'forward HUP' HUP
-# Without job control Bash would have commands in the background ignore Ctrl-C.
-set -m
-
-# Runs a command and returns its status.
-run() {
-  local status=0
-  # In the background, since bash would look at signals only after the end of another command.
-  "$@" </dev/null &
-  child=$!
-  wait "$child" || status=$?
-  while kill -0 "$child" 2>/dev/null; do  # A signal has ended `wait` and not the command.
-    status=0
-    wait "$child" || status=$?
-  done
-  child=''
-  return "$status"
-}
+# shellcheck source=child.sh
+source "$repository/launch/child.sh"
 
 parts=(
   vocabulary tokenizer second_phase tokens_names tokens_scenes generator ranker super_resolution
