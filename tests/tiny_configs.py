@@ -1,5 +1,6 @@
 """The sizes of networks that several files of tests train, on pictures of 8×8."""
 
+from parti_jax.models import parti_config
 from parti_jax.models import vit_vqgan
 from parti_jax.models import vqgan
 
@@ -16,6 +17,20 @@ TOKENIZER = vit_vqgan.ViTVQGANConfig(
   decoder_heads=2,
   codebook_size=6,
   code_dim=3,
+  dtype='float32',
+)
+
+GENERATOR = parti_config.PartiConfig(
+  encoder_layers=2,
+  decoder_layers=2,
+  width=16,
+  mlp_width=32,
+  heads=4,
+  text_vocabulary=16,
+  text_length=4,
+  codebook_size=24,
+  grid=(2, 2),
+  dropout=0.3,
   dtype='float32',
 )
 

@@ -15,7 +15,6 @@ import pytest
 import tiny_configs
 
 from parti_jax.models import coca
-from parti_jax.models import parti_config
 from parti_jax.models import t5_encoder
 from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import mesh as mesh_lib
@@ -42,20 +41,7 @@ CASES = [
 
 
 def _generator():
-  sizes = parti_config.PartiConfig(
-    encoder_layers=2,
-    decoder_layers=2,
-    width=16,
-    mlp_width=32,
-    heads=4,
-    text_vocabulary=16,
-    text_length=4,
-    codebook_size=24,
-    grid=(2, 2),
-    dropout=0.3,
-    dtype='float32',
-    attention_patterns=('row', 'column'),
-  )
+  sizes = dataclasses.replace(tiny_configs.GENERATOR, attention_patterns=('row', 'column'))
   draw = np.random.default_rng(0)
   text = draw.integers(3, 16, (BATCH, 4)).astype(np.int32)
   text[:, 3] = 1

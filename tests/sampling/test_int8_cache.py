@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 
 import parti_jax
-from parti_jax.cli import main
-from parti_jax.core.errors import UserError
 from parti_jax.data import text_tokenizer
 from parti_jax.exported_model import model_folder
 from parti_jax.models import parti
@@ -229,34 +227,3 @@ def test_on_a_mesh_the_pictures_are_the_same(tiny_folder):
   sharded, alone = (parti_jax.load(tiny_folder, of, cache='int8') for of in (mesh, None))
   draw = lambda model: model.generate(['red apple', 'blue ball'], num_images=2, seed=3).tokens
   np.testing.assert_array_equal(draw(sharded), draw(alone))
-
-
-@pytest.mark.parametrize('cache', ['int4', 8, None, ''])
-def test_an_unknown_cache(tiny_folder, cache):
-  with pytest.raises(UserError, match='^cache=.* is not one of float, int8$'):
-    parti_jax.load(tiny_folder, cache=cache)
-
-
-@pytest.mark.parametrize(
-  'command',
-  [
-    ['generate', 'red apple'],
-    ['prompts', 'nowhere.tsv'],
-    ['evaluate'],
-    ['plan', '--topology=cpu:1', '--what=sample'],
-  ],
-)
-def test_an_unknown_value_of_the_flag_is_one_line(command, tmp_path, capsys, monkeypatch):
-  monkeypatch.chdir(tmp_path)
-  assert main.main([*command, '--cache=int4']) == 2
-  error = capsys.readouterr().err
-  assert "cache='int4' is not one of float, int8" in error and error.count('\n') == 1
-  assert not list(tmp_path.iterdir())
-
-
-def test_the_command(tiny_folder, tmp_path, monkeypatch):
-  monkeypatch.setenv('PARTI_JAX_CACHE', 'off')
-  flags = ['--model', str(tiny_folder), '--output_dir', str(tmp_path), '--num_images=1']
-  assert main.main(['generate', 'red apple', *flags, '--cache=int8']) == 0
-  picture = next(tmp_path.glob('*_0.png'))
-  assert images.read_metadata(picture)['cache'] == 'int8'

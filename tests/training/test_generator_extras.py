@@ -8,32 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_configs
 
 from parti_jax.checkpoints import checkpoint_manager
 from parti_jax.checkpoints import run_checkpoints
 from parti_jax.cli import export
 from parti_jax.core.errors import UserError
 from parti_jax.models import parti
-from parti_jax.models import parti_config
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.training import optimizers
 from parti_jax.training import state as state_lib
 from parti_jax.training import trainer as trainer_lib
 from parti_jax.training.objectives import generator_objective
 
-SIZES = parti_config.PartiConfig(
-  encoder_layers=2,
-  decoder_layers=2,
-  width=16,
-  mlp_width=32,
-  heads=4,
-  text_vocabulary=16,
-  text_length=4,
-  codebook_size=24,
-  grid=(2, 2),
-  dropout=0.3,
-  dtype='float32',
-)
+SIZES = tiny_configs.GENERATOR
 OBJECTIVE = generator_objective.GeneratorObjective(
   SIZES, z_loss_weight=0.01, label_smoothing=0.1, ema=0.9
 )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny_configs
 
 from parti_jax.core import gin_config
 from parti_jax.core.errors import UserError
@@ -37,19 +38,7 @@ BATCH = 8
 
 
 def _generator():
-  sizes = parti_config.PartiConfig(
-    encoder_layers=1,
-    decoder_layers=2,
-    width=16,
-    mlp_width=32,
-    heads=4,
-    text_vocabulary=16,
-    text_length=4,
-    codebook_size=24,
-    grid=(2, 2),
-    dropout=0.3,
-    dtype='float32',
-  )
+  sizes = dataclasses.replace(tiny_configs.GENERATOR, encoder_layers=1)
   draw = np.random.default_rng(0)
   batch = {
     'encoder_input_tokens': draw.integers(3, 16, (BATCH, 4)).astype(np.int32),
