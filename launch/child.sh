@@ -5,6 +5,7 @@
 
 stopping='' child=''
 forward() {
+  # shellcheck disable=SC2034  # The scripts that read this file look at it.
   stopping=yes
   [[ -z $child ]] || kill "-$1" "$child" 2>/dev/null || true
 }
