@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import pathlib
 import re
 
 import gin
@@ -22,7 +23,7 @@ from parti_jax.training.objectives import frozen_tokenizer
 
 SMOKE = 'gin_configs/recipes/scenes_smoke.gin'
 KINDS = {'vit_vqgan': [], 'vqgan': ['TokenizerObjective.model = @VQGANConfig()']}
-SCRIPT = gin_config.folder().parent / 'launch' / 'scenes_demo.sh'
+SCRIPT = pathlib.Path(__file__).parents[2] / 'launch' / 'scenes_demo.sh'
 
 
 def _objective(run, kind='vit_vqgan', smoke=False):
