@@ -32,8 +32,8 @@ LEGACY_DEFAULTS = {
 }
 # Values of fields that are names.
 _CHOICES = {
-  'norm': tuple(block_options.NORMS),
-  'mlp': tuple(block_options.MLPS),
+  'norm': ('layer', 'rms'),
+  'mlp': ('gelu', 'swiglu'),
   'positions': block_options.POSITIONS,
 }
 # Fields of a text encoder that follow those of the generator, where it has them.
@@ -120,8 +120,9 @@ def text_encoder_config(values: Mapping[str, Any]) -> TextEncoderConfig:
 def as_dict(config: Any) -> dict[str, Any]:
   """Returns the fields of a network's config, of any class; a text encoder's with its 'kind'."""
   values = dataclasses.asdict(config)
-  if isinstance(config, PartiConfig) and config.text_encoder is not None:
-    kind = TEXT_ENCODERS.name_of(config.text_encoder)
+  encoder = getattr(config, 'text_encoder', None)
+  if type(encoder) in TEXT_ENCODERS.values():
+    kind = TEXT_ENCODERS.name_of(encoder)
     values['text_encoder'] = {'kind': kind} | values['text_encoder']
   return values
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -10,8 +11,13 @@ import jax.numpy as jnp
 from parti_jax.models.nn import layers
 
 # Modules of a dtype, and modules of a width, an `mlp_width` and a dtype.
-NORMS = {'layer': layers.LayerNorm, 'rms': layers.RMSNorm}
-MLPS = {'gelu': layers.MLP, 'swiglu': layers.SwiGLU}
+NORMS = {
+  'layer': layers.LayerNorm,
+  'rms': layers.RMSNorm,
+  'layer_bias': functools.partial(layers.LayerNorm, epsilon=1e-5, use_scale=False, use_bias=True),
+  'layer_scale_bias': functools.partial(layers.LayerNorm, epsilon=1e-5, use_bias=True),
+}
+MLPS = {'gelu': layers.MLP, 'swiglu': layers.SwiGLU, 'normed_geglu': layers.NormedGEGLU}
 # How the image-token decoder learns where a token is.
 POSITIONS = ('learned', 'rotary_2d')
 
@@ -21,13 +27,15 @@ class BlockOptions:
   """What the blocks of a stack consist of.
 
   Attributes:
-    norm: a name in NORMS.
+    norm: the norm before each attention and MLP, and after the last block; a name in NORMS.
     mlp: a name in MLPS.
     qk_norm: whether an RMSNorm over head_dim follows the projections of queries and keys.
     rotary_grid: rows and columns of the positions by which self-attention rotates queries and keys
       (`rotary.rotate`); None to leave them.
     kv_heads: number of heads of keys and values, each for as many heads of queries; None for one
       for each of them. Only of decoders.
+    norm_after: the norm of the output of each attention, before the residual connection, as in
+      NormFormer (arXiv 2110.09456); a name in NORMS, or None for none.
   """
 
   norm: str = 'layer'
@@ -35,9 +43,13 @@ class BlockOptions:
   qk_norm: bool = False
   rotary_grid: tuple[int, int] | None = None
   kv_heads: int | None = None
+  norm_after: str | None = None
 
   def make_norm(self, dtype: jnp.dtype) -> nn.Module:
     return NORMS[self.norm](dtype)
+
+  def make_norm_after(self, dtype: jnp.dtype) -> nn.Module | None:
+    return None if self.norm_after is None else NORMS[self.norm_after](dtype)
 
   def make_mlp(self, width: int, mlp_width: int, dtype: jnp.dtype) -> nn.Module:
     return MLPS[self.mlp](width, mlp_width, dtype)

@@ -233,22 +233,31 @@ class Dropout(nn.Module):
 
 
 class LayerNorm(nn.Module):
-  """Layer norm in float32 with a scale and no bias (Parti, section 3).
+  """Layer norm in float32, by default with a scale and no bias (Parti, section 3).
 
   Attributes:
     dtype: dtype of the output; statistics are always float32.
+    epsilon: what is added to the variance.
+    use_scale: whether it multiplies by a learned scale.
+    use_bias: whether it adds a learned bias.
   """
 
   dtype: jnp.dtype = jnp.float32
+  epsilon: float = 1e-6
+  use_scale: bool = True
+  use_bias: bool = False
 
   @nn.compact
   def __call__(self, x: Float[Array, '*places features']) -> Float[Array, '*places features']:
-    scale = parameter(self, 'scale', nn.initializers.ones, ('norm',), (x.shape[-1],))
+    of_features = ('norm',), (x.shape[-1],)
+    scale = parameter(self, 'scale', nn.initializers.ones, *of_features) if self.use_scale else None
+    bias = parameter(self, 'bias', nn.initializers.zeros, *of_features) if self.use_bias else None
     x = x.astype(jnp.float32)
     mean = jnp.mean(x, axis=-1, keepdims=True)
     variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True) - jnp.square(mean)
-    normed = (x - mean) * jax.lax.rsqrt(jnp.maximum(variance, 0.0) + 1e-6)
-    return (normed * scale).astype(self.dtype)
+    normed = (x - mean) * jax.lax.rsqrt(jnp.maximum(variance, 0.0) + self.epsilon)
+    normed = normed if scale is None else normed * scale
+    return (normed if bias is None else normed + bias).astype(self.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -316,6 +325,34 @@ class SwiGLU(nn.Module):
     hidden = nn.silu(self.project_gate(x)) * self.project_in(x)
     names = ('activation_batch', 'activation_length', 'activation_mlp')
     return self.project_out(nn.with_logical_constraint(hidden, names))
+
+
+class NormedGEGLU(nn.Module):
+  """An MLP with a gate and a norm: project_out(norm(gelu(project_gate(x)) · project_in(x))).
+
+  This is the MLP of NormFormer (arXiv 2110.09456) with a GEGLU (arXiv 2002.05202), as in DALL·E mini.
+  The GELU is exact, and the norm has a bias and no scale.
+
+  Attributes:
+    width: model dimension `embed`.
+    mlp_width: dimension `mlp` between the projections.
+    dtype: dtype of the computation.
+  """
+
+  width: int
+  mlp_width: int
+  dtype: jnp.dtype = jnp.float32
+
+  def setup(self):
+    self.project_in = Projection((self.mlp_width,), 1, ('embed', 'mlp'), self.dtype)
+    self.project_gate = Projection((self.mlp_width,), 1, ('embed', 'mlp'), self.dtype)
+    self.norm = LayerNorm(self.dtype, 1e-5, use_scale=False, use_bias=True)
+    self.project_out = Projection((self.width,), 1, ('mlp', 'embed'), self.dtype)
+
+  def __call__(self, x: Float[Array, 'batch length embed']) -> Float[Array, 'batch length embed']:
+    hidden = nn.gelu(self.project_gate(x), approximate=False) * self.project_in(x)
+    names = ('activation_batch', 'activation_length', 'activation_mlp')
+    return self.project_out(self.norm(nn.with_logical_constraint(hidden, names)))
 
 
 class Embedding(nn.Module):

@@ -57,6 +57,7 @@ class EncoderBlock(nn.Module):
   def setup(self):
     self.attention_norm = self.options.make_norm(self.dtype)
     self.attention = attention.SelfAttention(self.width, self.heads, self.dtype, self.options)
+    self.attention_out_norm = self.options.make_norm_after(self.dtype)
     self.mlp_norm = self.options.make_norm(self.dtype)
     self.mlp = self.options.make_mlp(self.width, self.mlp_width, self.dtype)
     self.drop = layers.Dropout(self.dropout)
@@ -76,7 +77,8 @@ class EncoderBlock(nn.Module):
     """
     x = nn.with_logical_constraint(x, layers.ACTIVATION)
     keys = [layers.fold(dropout_keys, site) for site in range(2)]
-    x = x + self.drop(self.attention(self.attention_norm(x), mask), keys[0])
+    attended = _normed(self.attention_out_norm, self.attention(self.attention_norm(x), mask))
+    x = x + self.drop(attended, keys[0])
     x = x + self.drop(self.mlp(self.mlp_norm(x)), keys[1])
     return nn.with_logical_constraint(x, layers.ACTIVATION)
 
@@ -92,12 +94,19 @@ class DecoderState(flax.struct.PyTreeNode):
       defines the number of slots, and which slot holds which position.
     texts: for each layer, keys and values of its cross-attention to the text.
     text_mask: True where a text token may be attended to.
+    start: the input of the first position, if the text determines it; None if it is always the same.
   """
 
   position: Int[Array, ''] | Int[Array, 'batch']
   caches: list[attention.KeysValues]
   texts: list[TextKeysValues]
   text_mask: Bool[Array, 'batch 1 1 text_length']
+  start: Float[Array, 'batch embed'] | None = None
+
+  @property
+  def of_texts(self) -> dict[str, Any]:
+    """The fields that depend on the texts alone and never change, by their names."""
+    return {name: getattr(self, name) for name in ('texts', 'text_mask', 'start')}
 
   def advanced(
     self,
@@ -136,8 +145,10 @@ class DecoderBlock(nn.Module):
     self.attention_norm = self.options.make_norm(self.dtype)
     sizes = self.width, self.heads, self.dtype, self.options
     self.attention = attention.PatternedSelfAttention(*sizes)
+    self.attention_out_norm = self.options.make_norm_after(self.dtype)
     self.cross_norm = self.options.make_norm(self.dtype)
     self.cross_attention = attention.CrossAttention(*sizes)
+    self.cross_out_norm = self.options.make_norm_after(self.dtype)
     self.mlp_norm = self.options.make_norm(self.dtype)
     self.mlp = self.options.make_mlp(self.width, self.mlp_width, self.dtype)
     self.drop = layers.Dropout(self.dropout)
@@ -239,8 +250,9 @@ class DecoderBlock(nn.Module):
   ) -> Float[Array, 'batch length embed']:
     """Computes what follows self-attention: the residual connection, cross-attention and MLP."""
     keys = [layers.fold(dropout_keys, site) for site in range(3)]
-    x = x + self.drop(attended, keys[0])
-    x = x + self.drop(self.cross_attention(self.cross_norm(x), text, text_mask), keys[1])
+    x = x + self.drop(_normed(self.attention_out_norm, attended), keys[0])
+    attended = self.cross_attention(self.cross_norm(x), text, text_mask)
+    x = x + self.drop(_normed(self.cross_out_norm, attended), keys[1])
     x = x + self.drop(self.mlp(self.mlp_norm(x)), keys[2])
     return nn.with_logical_constraint(x, layers.ACTIVATION)
 
@@ -480,6 +492,13 @@ def _empty_int8(shape: tuple[int, ...]) -> quantization.QuantizedVectors:
   return quantization.QuantizedVectors(
     _zeros(shape, jnp.dtype(jnp.int8)), _zeros(shape[:-1], jnp.dtype(jnp.float32))
   )
+
+
+def _normed(
+  norm: nn.Module | None, x: Float[Array, 'batch length embed']
+) -> Float[Array, 'batch length embed']:
+  """Applies a norm, if there is one."""
+  return x if norm is None else norm(x)
 
 
 def _apply(block: nn.Module, params: PyTree, *args, **kwargs) -> Any:
