@@ -84,9 +84,14 @@ class Parti(nn.Module):
       encoded = self.text_encoder(text_tokens, layers.fold(dropout_keys, 0))
     else:
       encoded = text_features.astype(self.config.compute_dtype)
-    mask = text_encoders.text_mask(self.config, text_tokens)
-    inputs = token_decoder.shifted(image_tokens), encoded, mask
+    inputs = token_decoder.shifted(image_tokens), encoded, self.text_mask(text_tokens)
     return inputs, layers.fold(dropout_keys, 1)
+
+  def text_mask(
+    self, text_tokens: Int[Array, 'batch text_length']
+  ) -> Bool[Array, 'batch 1 1 text_length']:
+    """Returns an attention mask that hides padding."""
+    return text_encoders.text_mask(self.config, text_tokens)
 
   def logits_from(
     self, outputs: Float[Array, 'batch image_length embed']
@@ -112,7 +117,7 @@ class Parti(nn.Module):
     """
     return self.image_decoder.decoder.init_state(
       self.text_encoder(text_tokens),
-      text_encoders.text_mask(self.config, text_tokens),
+      self.text_mask(text_tokens),
       self.config.image_length if length is None else length,
       int8_cache,
     )
