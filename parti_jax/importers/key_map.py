@@ -46,16 +46,22 @@ class Source(NamedTuple):
   """The arrays that one of our parameters is made of.
 
   Attributes:
-    names: names of the foreign arrays. Several are stacked along a new first axis, after `change`,
-      like the parameters of scanned layers.
+    names: names of the foreign arrays. Several are stacked along a new axis, after `change`, like
+      the parameters of scanned layers.
     change: conversion of one foreign array, such as a transpose. It may only permute, split, merge
       or cut axes, because `check` calls it with an array that takes no memory.
-    stacked: whether the first axis stacks the arrays, even if there is only one.
+    stacked: whether an axis stacks the arrays, even if there is only one.
+    axis: the axis that does.
   """
 
   names: tuple[str, ...]
   change: Callable[[np.ndarray], np.ndarray] = unchanged
   stacked: bool = False
+  axis: int = 0
+
+  def without_stack(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape of one changed array, given the parameter's."""
+    return shape[: self.axis] + shape[self.axis + 1 :] if self.stacked else shape
 
 
 KeyMap = Mapping[str, Source]
@@ -71,6 +77,13 @@ def layers(
 ) -> Source:
   """Returns the source of scanned layers, one array each; `template` has {} for the layer."""
   return Source(tuple(template.format(layer) for layer in range(count)), change, stacked=True)
+
+
+def together(
+  names: Iterable[str], axis: int, change: Callable[[np.ndarray], np.ndarray] = unchanged
+) -> Source:
+  """Returns the source of a parameter of several arrays, such as queries, keys and values."""
+  return Source(tuple(names), change, stacked=True, axis=axis)
 
 
 def linear(array: np.ndarray) -> np.ndarray:
@@ -154,7 +167,7 @@ def _other_shapes(key_map: KeyMap, stored, expected) -> list[str]:
   found = []
   for path, source in key_map.items():
     wanted = tuple(expected[path])
-    if source.stacked and wanted[0] != len(source.names):
+    if source.stacked and wanted[source.axis] != len(source.names):
       raise AssertionError(f'{path}: {len(source.names)} sources for {wanted}')
     for name in source.names:
       if name not in stored:
@@ -164,7 +177,7 @@ def _other_shapes(key_map: KeyMap, stored, expected) -> list[str]:
         changed = _changed(source, shape)
       except ValueError:  # It does not have the axes that would be permuted.
         changed = None
-      if changed != (wanted[1:] if source.stacked else wanted):
+      if changed != source.without_stack(wanted):
         found.append(f'{name} {list(shape)}, which would be {path} {list(wanted)}')
   return found
 
@@ -222,7 +235,8 @@ class ConvertedArray:
   def shape(self) -> tuple[int, ...]:
     names = self._source.names
     shape = _changed(self._source, self._stored[names[0]].shape)
-    return (len(names), *shape) if self._source.stacked else shape
+    axis = self._source.axis
+    return (*shape[:axis], len(names), *shape[axis:]) if self._source.stacked else shape
 
   def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
     """Reads the parameter as float32, with at most one more array of the file in memory."""
@@ -231,10 +245,11 @@ class ConvertedArray:
     first, *others = source.names
     found = np.asarray(source.change(_finite(first, stored)), np.float32, order='C')
     if source.stacked:
-      stack = np.empty((len(source.names), *found.shape), np.float32)
-      stack[0] = found
+      stack = np.empty(self.shape, np.float32)
+      parts = np.moveaxis(stack, source.axis, 0)
+      parts[0] = found
       for place, name in enumerate(others, 1):
-        stack[place] = source.change(_finite(name, stored))
+        parts[place] = source.change(_finite(name, stored))
       found = stack
     self._progress()
     return found if dtype is None else found.astype(dtype, copy=False)

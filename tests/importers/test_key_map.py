@@ -107,6 +107,20 @@ def test_values_that_are_not_finite_are_named(bad, value):
     np.asarray(found)
 
 
+def test_arrays_may_be_parts_of_a_parameter_that_has_layers_itself():
+  whole = np.random.default_rng(0).normal(size=(2, 4, 3, 5)).astype(np.float32)
+  stored = {name: _Values(whole[:, :, place]) for place, name in enumerate('qkv')}
+  found = {'kernel': key_map.together('qkv', 2)}
+  key_map.check(found, stored, {'kernel': whole.shape}, 'a file')
+  ours = key_map.convert(found, stored)['kernel']
+  assert ours.shape == whole.shape
+  np.testing.assert_array_equal(np.asarray(ours), whole)
+  assert np.asarray(ours).flags.c_contiguous
+  stored['k'] = _Values(whole[:, :3, 0])
+  with pytest.raises(UserError, match=r'k \[2, 3, 5\], which would be kernel \[2, 4, 3, 5\]'):
+    key_map.check(found, stored, {'kernel': whole.shape}, 'a file')
+
+
 def test_names_that_a_pattern_covers_may_be_left_over():
   stored = _stored(loss__a__weight=(1,), loss__b=(1,))
   key_map.check(MAP, stored, EXPECTED, 'a file', [r'loss\..*'])
