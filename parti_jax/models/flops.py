@@ -12,6 +12,7 @@ from parti_jax.models import coca
 from parti_jax.models import discriminator
 from parti_jax.models import lpips
 from parti_jax.models import parti_config
+from parti_jax.models import real_esrgan
 from parti_jax.models import siglip
 from parti_jax.models import super_resolution
 from parti_jax.models import t5_encoder
@@ -142,6 +143,27 @@ def super_resolution_forward(
   ends = 9 * 3 * config.unshuffle**2 * config.width * (1 + config.factor**2)
   positions = height * width // config.unshuffle**2
   return 2 * positions * (config.blocks * block + ends)
+
+
+def rrdb_net_forward(config: real_esrgan.RRDBNetConfig, height: int, width: int) -> int:
+  """FLOPs of one picture of height × width pixels through an RRDBNet."""
+  features, growth, last = config.width, config.growth, real_esrgan.CONVOLUTIONS - 1
+  dense = last * features * growth + last * (last - 1) // 2 * growth**2
+  dense += (features + last * growth) * features
+  blocks = config.blocks * real_esrgan.DENSE_BLOCKS * dense
+  positions = height * width // config.unshuffle**2
+  total = positions * (3 * config.unshuffle**2 * features + blocks + features**2)
+  total += sum(positions * 4**place * features**2 for place in range(1, config.doublings + 1))
+  total += height * width * config.factor**2 * (features + 3) * features
+  return 2 * 9 * total
+
+
+def srvgg_net_compact_forward(
+  config: real_esrgan.SRVGGNetCompactConfig, height: int, width: int
+) -> int:
+  """FLOPs of one picture of height × width pixels through an SRVGGNetCompact."""
+  ends = 3 * (1 + config.factor**2) * config.width
+  return 2 * 9 * height * width * (config.layers * config.width**2 + ends)
 
 
 def t5_encoder_forward(config: t5_encoder.T5EncoderConfig) -> int:

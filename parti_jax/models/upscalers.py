@@ -22,6 +22,7 @@ from jaxtyping import Float
 from parti_jax.core import errors
 from parti_jax.models import flops
 from parti_jax.models import kinds
+from parti_jax.models import real_esrgan
 from parti_jax.models import super_resolution
 
 
@@ -39,7 +40,10 @@ class Config(Protocol):
 
   @property
   def multiple(self) -> int:
-    """Number of pixels that must divide the height and width of an input."""
+    """Number of pixels that must divide the height and width of an input.
+
+    Sampling extends other pictures by reflection, and cuts the result.
+    """
 
   @property
   def reach(self) -> int | None:
@@ -110,6 +114,18 @@ KINDS = kinds.Kinds.of_part(
       super_resolution.SuperResolution,
       super_resolution.example_inputs,
       flops.super_resolution_forward,
+    ),
+    'rrdb_net': Kind(
+      real_esrgan.RRDBNetConfig,
+      real_esrgan.RRDBNet,
+      real_esrgan.example_inputs,
+      flops.rrdb_net_forward,
+    ),
+    'srvgg_net_compact': Kind(
+      real_esrgan.SRVGGNetCompactConfig,
+      real_esrgan.SRVGGNetCompact,
+      real_esrgan.example_inputs,
+      flops.srvgg_net_compact_forward,
     ),
   },
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from jaxtyping import Array
 from jaxtyping import PyTree
 from jaxtyping import UInt8
 
+from parti_jax.core import checks
 from parti_jax.core.errors import UserError
 from parti_jax.exported_model import model_folder
 from parti_jax.models import pixels
@@ -58,8 +60,9 @@ class Upscaler:
   def __call__(self, images) -> UInt8[np.ndarray, 'images height width 3']:
     """Enlarges pictures of any size.
 
-    Large pictures are cut into windows that overlap by the network's receptive field, so that no
-    seam is visible: the result is that for the whole picture, up to rounding.
+    Large pictures are cut into windows that overlap by `Config.reach`, so that no seam is visible:
+    the result is that for the whole picture, up to rounding. Sides that `Config.multiple` doesn't
+    divide are first extended by reflection, as Real-ESRGAN does, and what was added is cut off.
 
     Args:
       images: uint8 [images, height, width, 3].
@@ -70,7 +73,20 @@ class Upscaler:
     Raises:
       UserError: if the shape or the dtype is wrong.
     """
-    images = self._checked(images)
+    images, unit = images_lib.checked(images), self._config.multiple
+    if not images.size:
+      raise UserError(
+        f'images are {images.dtype} {list(images.shape)}, so there is nothing to enlarge'
+      )
+    height, width = images.shape[1:3]
+    added = ((0, 0), (0, -height % unit), (0, -width % unit), (0, 0))
+    enlarged = self._enlarged(np.pad(images, added, 'reflect') if np.any(added) else images)
+    return enlarged[:, : self.factor * height, : self.factor * width]
+
+  def _enlarged(
+    self, images: UInt8[np.ndarray, 'images height width 3']
+  ) -> UInt8[np.ndarray, 'images large_height large_width 3']:
+    """Enlarges pictures whose sides `Config.multiple` divides."""
     count, height, width, _ = images.shape
     factor, size = self.factor, (self._window(height), self._window(width))
     results = np.empty([count, factor * height, factor * width, 3], np.uint8)
@@ -95,19 +111,6 @@ class Upscaler:
         rows, columns = (slice(factor * low, factor * high) for low, high in kept)
         results[image, rows, columns] = window[inside]
     return results
-
-  def _checked(self, images) -> UInt8[np.ndarray, 'images height width 3']:
-    images, unit = images_lib.checked(images), self._config.multiple
-    if not images.size:
-      raise UserError(
-        f'images are {images.dtype} {list(images.shape)}, so there is nothing to enlarge'
-      )
-    if images.shape[1] % unit or images.shape[2] % unit:
-      raise UserError(
-        f'images are {images.shape[1]}×{images.shape[2]} pixels; this model enlarges '
-        f'pictures whose sides are multiples of {unit}'
-      )
-    return images
 
   @property
   def _margin(self) -> int:
@@ -138,6 +141,21 @@ class Upscaler:
     window_bytes = 4 * size[0] * size[1] * self._config.features_per_pixel
     batch = max(1, min(_MOST_AT_ONCE, _MOST_BYTES // window_bytes, count))
     return self._place.divisible(batch)
+
+
+def load(folder: str | os.PathLike[str], place: placement.Placement | None = None) -> Upscaler:
+  """Loads a super-resolution network alone.
+
+  Args:
+    folder: a path or a URL: a folder that `parti-jax import super_resolution` wrote, or a model
+      folder.
+    place: the devices; by default a single one.
+
+  Raises:
+    UserError: if the folder is missing, unfinished or damaged, or has no such network.
+  """
+  part = model_folder.load_part('super_resolution', checks.text('upscaler', folder))
+  return Upscaler(part.config, part.params, place or placement.Placement())
 
 
 @kept_programs.keep

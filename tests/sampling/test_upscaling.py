@@ -63,9 +63,18 @@ def test_on_a_mesh_the_pictures_are_the_same(enlarger, upscaler):
   assert np.abs(sharded(images).astype(int) - upscaler(images)).max() <= 1
 
 
+def test_sides_that_the_network_can_not_take_are_extended_by_reflection(upscaler):
+  images = pictures(2, 5, 6)
+  mirrored = np.concatenate([images, images[:, -2:-1]], axis=1)
+  odd = upscaler(images)
+  assert odd.shape == (2, 5 * upscaler.factor, 6 * upscaler.factor, 3)
+  np.testing.assert_array_equal(odd, upscaler(mirrored)[:, : 5 * upscaler.factor])
+  assert upscaler(pictures(1, 1, 1)).shape == (1, upscaler.factor, upscaler.factor, 3)
+
+
 @pytest.mark.parametrize(
   'images',
-  [np.zeros((1, 4, 4, 3), np.float32), pictures(4, 4), pictures(0, 4, 4), pictures(1, 5, 4)],
+  [np.zeros((1, 4, 4, 3), np.float32), pictures(4, 4), pictures(0, 4, 4)],
 )
 def test_what_can_not_be_enlarged(upscaler, images):
   with pytest.raises(UserError, match='images are'):
