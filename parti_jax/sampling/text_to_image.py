@@ -186,6 +186,7 @@ class TextToImage:
     ranker: str | os.PathLike[str] | None = None,
     weights: str = 'float',
     cache: str = 'float',
+    upscaler: str | os.PathLike[str] | None = None,
   ):
     """Puts a model on the devices.
 
@@ -197,10 +198,11 @@ class TextToImage:
       ranker: folder of a ranker to use instead of the model's own.
       weights: an argument of `load`.
       cache: an argument of `load`.
+      upscaler: folder of a super-resolution network to use instead of the model's own.
 
     Raises:
-      UserError: if the mesh does not divide a parameter, the vocabulary or the ranker can't be
-        read, or `weights` or `cache` is unknown.
+      UserError: if the mesh does not divide a parameter, the vocabulary, the ranker or the upscaler
+        can't be read, or `weights` or `cache` is unknown.
     """
     self.weights = sampling_settings.check_weights(weights)
     self.cache = sampling_settings.check_cache(cache)
@@ -234,6 +236,8 @@ class TextToImage:
     self._parts = model.parts
     if ranker is not None:
       self.ranker = ranking.load(ranker, self.place)
+    if upscaler is not None:
+      self.upscaler = upscaling.load(upscaler, self.place)
 
   @functools.cached_property
   def ranker(self) -> ranking.Ranker | None:
@@ -470,7 +474,8 @@ class TextToImage:
     if self.upscaler is None:
       raise UserError(
         f"the model {self.model_name} has no super-resolution, so it can't enlarge pictures; "
-        '`parti-jax export --base=FOLDER --super_resolution=RUN` adds it'
+        '`parti-jax export --base=FOLDER --super_resolution=RUN` adds it, and --upscaler=FOLDER uses '
+        'another'
       )
     return self.upscaler
 
@@ -558,6 +563,7 @@ def load(
   ranker=None,
   weights: str = 'float',
   cache: str = 'float',
+  upscaler=None,
 ) -> TextToImage:
   """Loads a model.
 
@@ -571,6 +577,8 @@ def load(
       'int8' rounds them to 8 bits.
     cache: 'float' holds the keys and values of the text and of earlier image tokens in the dtype of
       the decoder's computation; 'int8' rounds them to 8 bits.
+    upscaler: folder of a super-resolution network to use instead of the model's own, as a path or a
+      URL: a folder that `parti-jax import super_resolution` wrote, or a model folder.
 
   Raises:
     UserError: if a folder is missing, unfinished, damaged, or not a model folder, or if `weights`
@@ -581,7 +589,7 @@ def load(
   path = None if path is None else checks.text('path', path)
   if path is not None and storage.is_url(path):
     name = storage.name(path)
-    return TextToImage(model_folder.load(path), name, mesh, rules, ranker, weights, cache)
+    return TextToImage(model_folder.load(path), name, mesh, rules, ranker, weights, cache, upscaler)
   folder = pathlib.Path(DEMO_FOLDER if path is None else path)
   if (folder / 'checkpoints').is_dir() and not (folder / model_folder.CONFIG_FILE).exists():
     raise UserError(
@@ -589,7 +597,7 @@ def load(
       'from them'
     )
   name = 'demo' if path is None else os.path.basename(os.path.abspath(folder))
-  return TextToImage(model_folder.load(folder), name, mesh, rules, ranker, weights, cache)
+  return TextToImage(model_folder.load(folder), name, mesh, rules, ranker, weights, cache, upscaler)
 
 
 def _memory() -> float:
