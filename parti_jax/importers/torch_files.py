@@ -1,19 +1,23 @@
 """Reads torch's files of weights without torch, and without running any of their code.
 
-`torch.save` writes a zip of a pickle and of the raw storages of its tensors. A pickle is a program
-for a small stack machine that can call any function of Python. `_Machine` interprets the few
-instructions that a tree of tensors needs, and knows the few names that tensors are made with.
-Anything else is refused by name.
+`torch.save` writes a zip of a pickle and of the raw storages of its tensors. Before torch 1.6 it wrote
+several pickles one after another, and then the storages; many older weights are still published so,
+such as those of the FID's Inception and of LPIPS. A pickle is a program for a small stack machine
+that can call any function of Python. `_Machine` interprets the few instructions that a tree of
+tensors needs, and knows the few names that tensors are made with. Anything else is refused by name.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import io
 import lzma
 import math
+import os
 import pathlib
 import pickletools
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -52,13 +56,89 @@ _DTYPES = {
   'BoolStorage': np.bool_,
 }
 _MARK = object()
+# How files from before torch 1.6 begin: the pickle of a number. Two more pickles follow it, of the
+# version 1001 and of facts about the machine, then that of the tree, then that of the storages' keys.
+_OLD_START = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'
+_OLD_VERSION = 1001
+
+
+class _Zip:
+  """The storages of a zip, each a member."""
+
+  def __init__(self, file: pathlib.Path, folder: str, members: Mapping[str, zipfile.ZipInfo]):
+    self._file, self._folder, self._members = file, folder, members
+
+  def storage(self, key: str, dtype: np.dtype, size: int) -> _Storage:
+    """Returns the storage of this key; raises UserError if it isn't there or has another size."""
+    name = f'{self._folder}data/{key}'
+    member = self._members.get(name)
+    if member is None:
+      raise UserError(f'{self._file} is damaged: the tensor data {name} is missing')
+    if member.compress_type != zipfile.ZIP_STORED or member.file_size != size * dtype.itemsize:
+      raise UserError(
+        f'{self._file} is damaged: {name} has {member.file_size} bytes instead of '
+        f'{size * dtype.itemsize}'
+      )
+    return _Storage(self, name, dtype, size)
+
+  def read(self, name: str, start: int, count: int) -> bytes:
+    """Reads bytes of a storage."""
+    with zipfile.ZipFile(self._file) as archive, archive.open(name) as member:
+      member.seek(start)
+      return member.read(count)
+
+
+class _Consecutive:
+  """The storages of a file from before torch 1.6: each is its size, in values, and its values."""
+
+  def __init__(self, file: pathlib.Path):
+    self._file = file
+    self._storages: dict[str, _Storage] = {}
+    self._places: dict[str, int] = {}
+
+  def storage(self, key: str, dtype: np.dtype, size: int) -> _Storage:
+    """Returns the storage of this key, which `find` will look for."""
+    found = self._storages.setdefault(key, _Storage(self, key, dtype, size))
+    if (found.dtype, found.size) != (dtype, size):
+      raise UserError(f'{self._file} is damaged: it describes the tensor data {key} in two ways')
+    return found
+
+  def find(self, keys: Any, place: int) -> None:
+    """Finds the storages, which follow each other in the order of `keys` from a place in the file."""
+    texts = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
+    if not texts or len(set(keys)) < len(keys):
+      raise UserError(f'{self._file} is damaged: it has no list of its tensor data')
+    with open(self._file, 'rb') as content:
+      end = content.seek(0, os.SEEK_END)
+      for key in keys:
+        storage = self._storages.get(key)
+        if storage is None:
+          raise UserError(f'{self._file} is damaged: no tensor uses the tensor data {key}')
+        content.seek(place)
+        size = content.read(8)
+        if size != struct.pack('<q', storage.size):
+          raise UserError(f'{self._file} is damaged: the tensor data {key} has another size')
+        self._places[key] = place + 8
+        place += 8 + storage.size * storage.dtype.itemsize
+    missing = self._storages.keys() - self._places.keys()
+    if missing:
+      raise UserError(f'{self._file} is damaged: the tensor data {min(missing)} is missing')
+    if place > end:
+      raise UserError(f'{self._file} is damaged: it ends {place - end} bytes too early')
+
+  def read(self, name: str, start: int, count: int) -> bytes:
+    """Reads bytes of a storage."""
+    with open(self._file, 'rb') as content:
+      content.seek(self._places[name] + start)
+      return content.read(count)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Storage:
-  """A storage in the zip: consecutive values."""
+  """Consecutive values in a file."""
 
-  member: str
+  data: _Zip | _Consecutive
+  name: str
   dtype: np.dtype
   size: int
 
@@ -69,7 +149,7 @@ class TorchArray:
 
   Attributes:
     file: the file.
-    storage: the member of the zip that holds the values.
+    storage: the part of the file that holds the values.
     offset: position of the first value, in values.
     shape: shape of the tensor.
     strides: strides of the tensor, in values.
@@ -94,13 +174,11 @@ class TorchArray:
     size = self.storage.dtype.itemsize
     spanned = _spanned(self.shape, self.strides)
     try:
-      with zipfile.ZipFile(self.file) as archive, archive.open(self.storage.member) as member:
-        member.seek(self.offset * size)
-        content = member.read(spanned * size)
+      content = self.storage.data.read(self.storage.name, self.offset * size, spanned * size)
     except ZIP_ERRORS as error:
-      raise UserError(f'{self.file} is damaged at {self.storage.member}: {error}') from error
+      raise UserError(f'{self.file} is damaged at {self.storage.name}: {error}') from error
     if len(content) != spanned * size:
-      raise UserError(f'{self.file} is damaged at {self.storage.member}: it ends too early')
+      raise UserError(f'{self.file} is damaged at {self.storage.name}: it ends too early')
     values = np.frombuffer(content, self.storage.dtype)
     return np.lib.stride_tricks.as_strided(
       values, self.shape, [stride * size for stride in self.strides], writeable=False
@@ -118,17 +196,33 @@ def open_torch_file(path) -> dict[str, TorchArray]:
   """Lists the tensors in a file of `torch.save`, without reading their values.
 
   Args:
-    path: the file, of torch 1.6 or later.
+    path: the file.
 
   Returns:
     {name: tensor}; the keys of nested dicts and the places in lists are joined by dots. Other
     values, such as a step's number, are left out.
 
   Raises:
-    UserError: if the file is damaged, of an older format, or holds anything but tensors, numbers,
+    UserError: if the file is damaged, of another format, or holds anything but tensors, numbers,
       texts and containers of these.
   """
   path = pathlib.Path(path)
+  found = _old_tree(path) if _is_old(path) else _tree(path)
+  tensors: dict[str, TorchArray] = {}
+  for number, (name, value) in enumerate(_items(found, '', path)):
+    if number > _MAX_ITEMS:
+      raise UserError(f'{path} lists more than {_MAX_ITEMS} values')
+    if isinstance(value, TorchArray):
+      if name in tensors:
+        raise UserError(f'{path}: two tensors are named {name}')
+      tensors[name] = value
+  if not tensors:
+    raise UserError(f'{path} holds no tensors')
+  return tensors
+
+
+def _tree(path: pathlib.Path):
+  """Returns the object in a zip, whose tensors are `TorchArray`."""
   try:
     with zipfile.ZipFile(path) as archive:
       members = members_of(archive)
@@ -147,21 +241,34 @@ def open_torch_file(path) -> dict[str, TorchArray]:
     raise UserError(f'{path} does not exist') from error
   except ZIP_ERRORS as error:
     raise UserError(
-      f"{path} isn't a zip of torch.save ({error}). Files from before torch 1.6 are not read; load "
-      'and save them with torch once, or convert them to safetensors'
+      f"{path} isn't a file of torch.save, or is damaged or unfinished ({error}); download it again"
     ) from error
-  found = _Machine(path, folder, members).run(program)
-  tensors: dict[str, TorchArray] = {}
-  for number, (name, value) in enumerate(_items(found, '', path)):
-    if number > _MAX_ITEMS:
-      raise UserError(f'{path} lists more than {_MAX_ITEMS} values')
-    if isinstance(value, TorchArray):
-      if name in tensors:
-        raise UserError(f'{path}: two tensors are named {name}')
-      tensors[name] = value
-  if not tensors:
-    raise UserError(f'{path} holds no tensors')
-  return tensors
+  return _Machine(path, _Zip(path, folder, members)).run(program)
+
+
+def _is_old(path: pathlib.Path) -> bool:
+  try:
+    with open(path, 'rb') as file:
+      return file.read(len(_OLD_START)) == _OLD_START
+  except OSError:  # `_tree` says what is wrong.
+    return False
+
+
+def _old_tree(path: pathlib.Path):
+  """Returns the object in a file from before torch 1.6, whose tensors are `TorchArray`."""
+  with open(path, 'rb') as file:
+    # Larger lists of tensors end too early.
+    content = io.BytesIO(file.read(MAX_PICKLE))
+  content.seek(len(_OLD_START))
+  data = _Consecutive(path)
+  version, machine, found, keys = (_Machine(path, data).run(content) for _ in range(4))
+  if version != _OLD_VERSION or not isinstance(machine, dict):
+    number = version if isinstance(version, int) else 'none'
+    raise UserError(f'{path} is damaged, or of an unknown version of torch.save: {number}')
+  if machine.get('little_endian') is not True:
+    raise UserError(f'{path}: its numbers are not stored as little-endian ones')
+  data.find(keys, content.tell())
+  return found
 
 
 def members_of(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
@@ -204,15 +311,14 @@ class _Name:
 class _Machine:
   """Interprets the instructions of a pickle that make trees of tensors."""
 
-  def __init__(self, path: pathlib.Path, folder: str, members: Mapping[str, zipfile.ZipInfo]):
+  def __init__(self, path: pathlib.Path, data: _Zip | _Consecutive):
     self._path = path
-    self._folder = folder
-    self._members = members
+    self._data = data
     self._stack: list[Any] = []
     self._memo: dict[int, Any] = {}
 
-  def run(self, program: bytes):
-    """Returns the object that the pickle makes.
+  def run(self, program: bytes | io.BytesIO):
+    """Returns the object that the pickle makes; a stream is left at the pickle's end.
 
     Raises:
       UserError: at the first instruction or name that weights do not need.
@@ -327,7 +433,7 @@ class _Machine:
   def _known(self, module: str, name: str) -> _Name:
     known = {
       'collections': ('OrderedDict',),
-      'torch._utils': ('_rebuild_tensor_v2', '_rebuild_parameter'),
+      'torch._utils': ('_rebuild_tensor', '_rebuild_tensor_v2', '_rebuild_parameter'),
       'torch': tuple(_DTYPES),
     }
     if name not in known.get(module, ()):
@@ -335,37 +441,34 @@ class _Machine:
     return _Name(module, name)
 
   def _storage(self, identity) -> _Storage:
-    """Returns a storage of the zip, from ('storage', its type, its key, its device, its size)."""
-    tag, kind, key, _, size = identity
+    """Returns a storage, from ('storage', its type, its key, its device, its size).
+
+    Before torch 1.6 a part of another storage followed, which none of today's tensors needs.
+    """
+    tag, kind, key, _, size, *part = identity
     if tag != 'storage' or not isinstance(kind, _Name) or kind.module != 'torch':
       raise TypeError('not a storage')
-    if not isinstance(key, str) or not isinstance(size, int) or size < 0:
+    if (
+      not isinstance(key, str) or not isinstance(size, int) or size < 0 or part not in ([], [None])
+    ):
       raise TypeError('not a storage')
-    dtype = np.dtype(_DTYPES[kind.name])
-    name = f'{self._folder}data/{key}'
-    member = self._members.get(name)
-    if member is None:
-      raise UserError(f'{self._path} is damaged: the tensor data {name} is missing')
-    if member.compress_type != zipfile.ZIP_STORED or member.file_size != size * dtype.itemsize:
-      raise UserError(
-        f'{self._path} is damaged: {name} has {member.file_size} bytes instead of '
-        f'{size * dtype.itemsize}'
-      )
-    return _Storage(name, dtype, size)
+    return self._data.storage(key, np.dtype(_DTYPES[kind.name]), size)
 
   def _called(self, function, arguments):
     """Returns the result of a call of one of the known names."""
     if not isinstance(function, _Name) or not isinstance(arguments, tuple):
       raise self._refuse('calls something')
     if function.name == 'OrderedDict':
-      if arguments:
-        raise self._refuse('fills an OrderedDict by a call')
-      return collections.OrderedDict()
+      # Python 2 wrote its items as one list of pairs.
+      pairs = arguments[0] if arguments else []
+      if len(arguments) > 1 or not isinstance(pairs, list):
+        raise TypeError('an OrderedDict of something else than pairs')
+      return collections.OrderedDict((_key(key), value) for key, value in pairs)
     if function.name == '_rebuild_parameter':
       if not isinstance(arguments[0], TorchArray):
         raise TypeError('a parameter that is not a tensor')
       return arguments[0]
-    if function.name != '_rebuild_tensor_v2':
+    if function.name not in ('_rebuild_tensor', '_rebuild_tensor_v2'):
       raise self._refuse(f'calls {function}')
     storage, offset, shape, strides = arguments[:4]
     if not isinstance(storage, _Storage) or len(shape) != len(strides) or len(shape) > _MAX_AXES:

@@ -31,7 +31,7 @@ class _Storage:
 def torch_names(monkeypatch):
   """Modules with the names that torch's pickles look up, as pickle insists that they exist."""
   names = {
-    'torch._utils': ['_rebuild_tensor_v2', '_rebuild_parameter'],
+    'torch._utils': ['_rebuild_tensor', '_rebuild_tensor_v2', '_rebuild_parameter'],
     'torch': ['FloatStorage', 'HalfStorage', 'LongStorage'],
     'elsewhere': ['run'],
   }
@@ -118,7 +118,8 @@ def test_a_tree_of_tensors(tmp_path, torch_names, protocol):
     np.testing.assert_array_equal(found[name].read(), array)
 
 
-def test_torchs_own_files(tmp_path):
+@pytest.mark.parametrize('zipped', [True, False])
+def test_torchs_own_files(tmp_path, zipped):
   torch = pytest.importorskip('torch')
   draw = torch.Generator().manual_seed(0)
   module = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.BatchNorm2d(5))
@@ -128,7 +129,11 @@ def test_torchs_own_files(tmp_path):
   state = module.state_dict()
   state['half'] = torch.randn(3, 4, generator=draw).to(torch.bfloat16).T
   state['parameter'] = torch.nn.Parameter(torch.ones(2))
-  torch.save({'model': state, 'epoch': 3, 'none': None}, tmp_path / 'weights.pt')
+  torch.save(
+    {'model': state, 'epoch': 3, 'none': None},
+    tmp_path / 'weights.pt',
+    _use_new_zipfile_serialization=zipped,
+  )
   found = torch_files.open_torch_file(tmp_path / 'weights.pt')
   assert set(found) == {f'model.{name}' for name in state}
   for name, tensor in state.items():
@@ -282,9 +287,98 @@ def test_members_of_the_same_name_are_refused(tmp_path, torch_names):
     torch_files.open_torch_file(path)
 
 
-def test_files_that_are_no_zips(tmp_path):
-  (tmp_path / 'old.pth').write_bytes(b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.')
-  with pytest.raises(UserError, match='before torch 1.6'):
-    torch_files.open_torch_file(tmp_path / 'old.pth')
+def _write_old(path, value, storages, version=1001, machine=None, keys=None, sizes=None):
+  """Writes a file as torch did before 1.6."""
+  content = io.BytesIO()
+  machine = {'protocol_version': version, 'little_endian': True} if machine is None else machine
+  for part in (0x1950A86A20F9469CFC6C, version, machine, value, sorted(keys or storages)):
+    _Pickler(content, 2).dump(part)
+  for key, array in sorted(storages.items()):
+    size = (sizes or {}).get(key, array.size)
+    content.write(np.array(size, '<i8').tobytes() + array.tobytes())
+  path.write_bytes(content.getvalue())
+  return path
+
+
+@pytest.fixture
+def old_value(torch_names):
+  """A tree of two storages, in the tuples that torch wrote before 1.6."""
+
+  def tensor(function, kind, key, size, offset, shape, strides, *rest):
+    storage = _Storage(torch_names[kind], key, size)
+    storage.identity += (None,)
+    return _Call(torch_names[function], storage, offset, shape, strides, *rest)
+
+  return {
+    'a': tensor(
+      '_rebuild_tensor_v2', 'FloatStorage', '77', 6, 1, (2, 2), (1, 2), False,
+      collections.OrderedDict(),
+    ),
+    'b': tensor('_rebuild_tensor', 'LongStorage', '8', 3, 0, (3,), (1,)),
+  }  # fmt: skip
+
+
+_OLD_STORAGES = {'77': np.arange(6, dtype=np.float32), '8': np.array([7, 8, 9])}
+
+
+def test_files_from_before_torch_1_6(tmp_path, old_value):
+  found = torch_files.open_torch_file(_write_old(tmp_path / 'old.pth', old_value, _OLD_STORAGES))
+  assert set(found) == {'a', 'b'}
+  np.testing.assert_array_equal(found['a'].read(), np.array([[1, 3], [2, 4]], np.float32))
+  np.testing.assert_array_equal(found['b'].read(), [7, 8, 9])
+
+
+def test_python_2s_ordered_dicts(tmp_path, old_value):
+  class Pairs(_Call):
+    pass
+
+  pairs = [[name, tensor] for name, tensor in old_value.items()]
+  value = Pairs(collections.OrderedDict, pairs)
+  found = torch_files.open_torch_file(_write_old(tmp_path / 'old.pth', value, _OLD_STORAGES))
+  np.testing.assert_array_equal(found['b'].read(), [7, 8, 9])
+
+
+@pytest.mark.parametrize(
+  'changes, named',
+  [
+    ({'version': 1002}, 'unknown version of torch.save: 1002'),
+    ({'machine': {'little_endian': False}}, 'not stored as little-endian'),
+    ({'machine': 5}, 'damaged'),
+    ({'keys': ['77']}, 'the tensor data 8 is missing'),
+    ({'keys': ['77', '78']}, 'no tensor uses the tensor data 78'),
+    ({'keys': ['77', '77']}, 'no list of its tensor data'),
+    ({'sizes': {'77': 5}}, 'the tensor data 77 has another size'),
+    ({'sizes': {'8': 2**40}}, 'the tensor data 8 has another size'),
+    (
+      {'storages': {**_OLD_STORAGES, '8': np.array([7, 8])}, 'sizes': {'8': 3}},
+      '8 bytes too early',
+    ),
+  ],
+)
+def test_damaged_files_from_before_torch_1_6(tmp_path, old_value, changes, named):
+  path = _write_old(tmp_path / 'old.pth', old_value, **{'storages': _OLD_STORAGES, **changes})
+  with pytest.raises(UserError, match=named) as raised:
+    torch_files.open_torch_file(path)
+  assert str(path) in str(raised.value)
+
+
+def test_old_files_that_end_anywhere_are_refused(tmp_path, old_value):
+  content = _write_old(tmp_path / 'old.pth', old_value, _OLD_STORAGES).read_bytes()
+  for end in range(1, len(content)):
+    (tmp_path / 'cut.pth').write_bytes(content[:end])
+    with pytest.raises(UserError, match='cut.pth'):
+      torch_files.open_torch_file(tmp_path / 'cut.pth')
+
+
+def test_old_files_run_no_code(tmp_path, torch_names):
+  path = _write_old(tmp_path / 'old.pth', {'a': _Call(torch_names['run'], 'rm -r')}, {})
+  with pytest.raises(UserError, match='elsewhere.run'):
+    torch_files.open_torch_file(path)
+
+
+def test_other_files(tmp_path):
+  (tmp_path / 'page.pth').write_bytes(b'<html>Not found</html>')
+  with pytest.raises(UserError, match="page.pth isn't a file of torch.save"):
+    torch_files.open_torch_file(tmp_path / 'page.pth')
   with pytest.raises(UserError, match='does not exist'):
     torch_files.open_torch_file(tmp_path / 'none.pt')
