@@ -25,6 +25,7 @@ from parti_jax.core import numerics
 from parti_jax.core import storage
 from parti_jax.exported_model import model_folder
 from parti_jax.models import config_checks
+from parti_jax.models import generators
 from parti_jax.models import kinds as kinds_lib
 from parti_jax.models import parti_config
 from parti_jax.partitioning import placing
@@ -203,8 +204,7 @@ def read_config(path: epath.Path, objective: str) -> Any:
       f'{path}: the {objective} is of the kind {checks.shown(kind)}, which is not one of '
       f'{", ".join(kinds)}{kinds_lib.remedy(kinds)}'
     )
-  if kinds[kind] is parti_config.PartiConfig:
-    sizes = parti_config.upgrade_config(sizes)
+  sizes = generators.upgrade(kinds[kind], sizes)
   if unknown := ', '.join(sorted(sizes.keys() - checks.field_types(kinds[kind]).keys())):
     raise errors.UserError(
       f'{path}: its config has fields that {kinds[kind].__name__} does not have: {unknown}'
@@ -346,7 +346,9 @@ def check_same_model(path, saved: dict, wanted: dict):
       f'{path}: a {saved["stage"]} of the kind {kinds[0]}, not of {kinds[1]}; train in another '
       '--model_dir, or restore the model settings'
     )
-  saved_config = parti_config.upgrade_config(saved['config'])
+  # Stages without kinds, such as the text encoder's, have Parti's config.
+  of_kind = _kinds(wanted['stage']).get(str(kinds[1]), parti_config.PartiConfig)
+  saved_config = generators.upgrade(of_kind, saved['config'])
 
   def plain(value: Any) -> Any:
     if isinstance(value, Mapping):

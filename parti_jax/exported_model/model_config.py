@@ -22,6 +22,7 @@ from parti_jax.exported_model import file_names
 from parti_jax.exported_model import preprocessing
 from parti_jax.exported_model import sampling_settings
 from parti_jax.models import config_checks
+from parti_jax.models import generators
 from parti_jax.models import kinds as kinds_lib
 from parti_jax.models import parti_config
 
@@ -162,11 +163,10 @@ def sizes(kinds: Mapping[str, type], config: dict[str, Any], key: str, dtype: st
   """
   values = dict(_object(config, key, where))
   kind = _kind(kinds, values, key, where)
-  if kind is parti_config.PartiConfig:
-    try:
-      values = parti_config.upgrade_config(values)
-    except UserError as error:
-      raise UserError(f'{where}: {key!r}: {error}') from error
+  try:
+    values = generators.upgrade(kind, values)
+  except UserError as error:
+    raise UserError(f'{where}: {key!r}: {error}') from error
   types = checks.field_types(kind)
   if values.keys() != types.keys():
     different = ', '.join(map(_shown_name, sorted(values.keys() ^ types.keys())))

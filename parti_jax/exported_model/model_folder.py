@@ -49,10 +49,9 @@ from parti_jax.exported_model import parameter_files
 from parti_jax.exported_model import preprocessing as preprocessing_lib
 from parti_jax.exported_model import sampling_settings
 from parti_jax.exported_model import target_folder
+from parti_jax.models import generators
 from parti_jax.models import image_tokenizers
 from parti_jax.models import kinds as kinds_lib
-from parti_jax.models import parti as parti_lib
-from parti_jax.models import parti_config
 from parti_jax.models import rankers
 from parti_jax.models import text_encoders
 from parti_jax.models import upscalers
@@ -95,9 +94,7 @@ def _network(known: kinds_lib.Kinds, unnamed: str | None = None) -> Network:
 
 # A model has all required networks, and the optional ones that were exported with it.
 REQUIRED = {
-  'generator': Network(
-    {'parti': parti_config.PartiConfig}, parti_lib.Parti, parti_lib.example_inputs, unnamed='parti'
-  ),
+  'generator': _network(generators.KINDS, unnamed='parti'),
   'tokenizer': _network(image_tokenizers.KINDS),
 }
 OPTIONAL = {
@@ -179,9 +176,9 @@ class Model:
   """A model folder in memory.
 
   Attributes:
-    generator_config: config of Parti.
+    generator_config: config of the generator.
     tokenizer_config: config of the image tokenizer.
-    generator_params: parameters of Parti, a tree of `parameter_files.StoredArray`, which are read
+    generator_params: parameters of the generator, a tree of `parameter_files.StoredArray`, which are read
       when they are used.
     tokenizer_params: parameters of the tokenizer, a tree of StoredArray.
     vocabulary_path: path of the SentencePiece vocabulary.
@@ -194,7 +191,7 @@ class Model:
       each.
   """
 
-  generator_config: parti_config.PartiConfig
+  generator_config: generators.Config
   tokenizer_config: image_tokenizers.Config
   generator_params: dict[str, Any]
   tokenizer_params: dict[str, Any]
@@ -220,7 +217,7 @@ class Model:
 def save(
   folder,
   *,
-  generator_config: parti_config.PartiConfig,
+  generator_config: generators.Config,
   generator_params: PyTree,
   tokenizer_config: image_tokenizers.Config,
   tokenizer_params: PyTree,
@@ -238,8 +235,8 @@ def save(
 
   Args:
     folder: the folder to create, a path or a URL. At a URL, config.json is uploaded last.
-    generator_config: config of Parti.
-    generator_params: parameters of Parti, with or without axis names.
+    generator_config: config of the generator.
+    generator_params: parameters of the generator, with or without axis names.
     tokenizer_config: config of the image tokenizer.
     tokenizer_params: parameters of the tokenizer, with or without axis names.
     vocabulary_path: path of the SentencePiece vocabulary.
@@ -582,9 +579,7 @@ def _check_complete(folder: pathlib.Path, files: Iterable[str]):
     )
 
 
-def check_sizes(
-  generator: parti_config.PartiConfig, tokenizer: image_tokenizers.Config, where: str
-):
+def check_sizes(generator: generators.Config, tokenizer: image_tokenizers.Config, where: str):
   """Raises UserError unless the generator's codebook size and grid match the tokenizer's."""
   for name in ('codebook_size', 'grid'):
     ours, theirs = getattr(generator, name), getattr(tokenizer, name)

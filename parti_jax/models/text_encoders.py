@@ -129,21 +129,21 @@ def register(name: str, kind: Kind) -> None:
   KINDS.register(name, kind)
 
 
-def _of(config: parti_config.PartiConfig) -> tuple[Kind, Any]:
+def _of(config: Any) -> tuple[Kind, Any]:
   """Returns the kind of a generator's text encoder, and the config that its functions take."""
   if config.text_encoder is None:
     return _OWN, config
   return KINDS.of(config.text_encoder), config.text_encoder
 
 
-def module(config: parti_config.PartiConfig) -> nn.Module:
+def module(config: Any) -> nn.Module:
   """Returns the linen module of a generator's text encoder."""
   kind, own = _of(config)
   return kind.module(own)
 
 
 def text_mask(
-  config: parti_config.PartiConfig, text_tokens: Int[Array, 'batch text_length']
+  config: Any, text_tokens: Int[Array, 'batch text_length']
 ) -> Bool[Array, 'batch 1 1 text_length']:
   """Returns an attention mask that hides padding."""
   kind, own = _of(config)
@@ -151,7 +151,7 @@ def text_mask(
 
 
 def empty_text(
-  config: parti_config.PartiConfig, text_tokens: Int[Array, 'batch text_length']
+  config: Any, text_tokens: Int[Array, 'batch text_length']
 ) -> Int[Array, 'batch text_length']:
   """Returns the empty text in each row, the condition of classifier-free guidance without text.
 
@@ -191,7 +191,7 @@ def check_empty_text(
     )
 
 
-def forward_flops(config: parti_config.PartiConfig) -> int:
+def forward_flops(config: Any) -> int:
   """Returns the FLOPs of one text through a generator's text encoder."""
   kind, own = _of(config)
   return kind.forward_flops(own)

@@ -93,6 +93,12 @@ class TokenDecoder(nn.Module):
     x, entries = self.decoder.look_ahead(self.embed(previous, state.position), state)
     return self.logits_from(x), entries
 
+  def next_inputs(
+    self, previous: Int[Array, 'batch length'], state: transformer.DecoderState
+  ) -> Float[Array, 'batch length embed']:
+    """Returns the first layer's input at the next positions; the arguments are as `look_ahead`'s."""
+    return self.embed(previous, state.position)
+
   def all_layer_outputs(
     self,
     previous: Int[Array, 'batch length'],
@@ -140,6 +146,24 @@ class TokenDecoder(nn.Module):
     return nn.with_logical_constraint(
       logits, ('activation_batch', 'activation_length', 'activation_vocab')
     )
+
+  def layer_logits(
+    self, x: Float[Array, 'batch length embed']
+  ) -> Float[Array, 'batch length codebook']:
+    """Returns the float32 logits that the output of any layer predicts, before the final norm."""
+    return self.logits_from(self.decoder.norm(x))
+
+
+def block(config: parti_config.PartiConfig) -> transformer.DecoderBlock:
+  """Returns the module of one layer of the decoder, without dropout."""
+  return transformer.DecoderBlock(
+    config.width,
+    config.mlp_width,
+    config.heads,
+    dtype=config.compute_dtype,
+    options=config.decoder_options,
+    parent=None,
+  )
 
 
 def shifted(image_tokens: Int[Array, 'batch length']) -> Int[Array, 'batch length']:

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from parti_jax.core import checks
 from parti_jax.core import errors
 from parti_jax.exported_model import model_folder
-from parti_jax.models import flops
+from parti_jax.models import generators
 from parti_jax.models import parti_config
 from parti_jax.models.nn import layers
 from parti_jax.models.nn import quantization
@@ -106,7 +106,7 @@ def sampling_step(request: request_lib.Request, mesh) -> request_lib.Step:
   pairs = lambda lengths: [
     (_keys(config, sequences, length, request.cache, place),) * 2 for length in lengths
   ]
-  patterns = [config.layer_pattern(layer) for layer in range(config.decoder_layers)]
+  patterns = [generators.layer_pattern(config, layer) for layer in range(config.decoder_layers)]
   texts = pairs([config.text_length] * config.decoder_layers)
   caches, read_slots = (pairs(lengths) for lengths in zip(*map(_slots, patterns)))
   if mesh.devices.flat[0].platform == 'tpu':
@@ -146,11 +146,11 @@ def sampling_step(request: request_lib.Request, mesh) -> request_lib.Step:
     lower,
     mesh,
     images,
-    sequences * flops.parti_sampling_step(config),
+    sequences * generators.step_flops(config),
     layers.count_parameters(boxed),
     {
       'model': 'generator',
-      'config': 'PartiConfig',
+      'config': type(config).__name__,
       'guided': request.guided,
       'cache_length': max(pattern.num_slots(config.image_length) for pattern in patterns),
       'weights': request.weights,
@@ -179,11 +179,11 @@ def _slots(pattern) -> tuple[int, int]:
   return slots, pattern.read(0, slots)[1]
 
 
-def sampled_config() -> parti_config.PartiConfig:
+def sampled_config() -> generators.Config:
   """Sizes of the model of a run, or those that gin gives without a run."""
   objective = gin.get_bindings(config_lib.TrainConfig).get('objective')
   config = parti_config.PartiConfig() if objective is None else objective.model
-  if not isinstance(config, parti_config.PartiConfig):
+  if type(config) not in generators.CONFIGS.values():
     raise errors.UserError(f'--what=sample: the run trains a {objective.name}, not the generator')
   return config
 

@@ -29,9 +29,7 @@ from jaxtyping import Float32
 from jaxtyping import Int32
 from jaxtyping import Key
 
-from parti_jax.models import parti_config
-from parti_jax.models import text_encoders
-from parti_jax.models import token_decoder
+from parti_jax.models import generators
 from parti_jax.models.nn import attention
 from parti_jax.models.nn import transformer
 from parti_jax.sampling import decoding
@@ -95,37 +93,29 @@ class Pass:
 
 
 class AdaptiveDecoder:
-  """Steps of a `token_decoder.TokenDecoder` that skip layers.
+  """Steps of an image-token decoder that skip layers.
 
   A pass computes a single position. If its state has a position for each row, it looks ahead
-  instead, like `TokenDecoder.look_ahead`, at any number of positions.
+  instead, like `Decoder.look_ahead`, at any number of positions.
 
   Args:
     config: sizes of the network.
     params: the result of `parameters.for_sampling`.
   """
 
-  def __init__(self, config: parti_config.PartiConfig, params: dict[str, Any]):
+  def __init__(self, config: generators.Config, params: dict[str, Any]):
     self._config = config
     self._layers = params['image_decoder']['decoder']['layers']
     self._apply: Callable[..., Any] = functools.partial(
-      token_decoder.TokenDecoder(config).apply, {'params': params['image_decoder']}
+      generators.decoder(config).apply, {'params': params['image_decoder']}
     )
-    block = transformer.DecoderBlock(
-      config.width,
-      config.mlp_width,
-      config.heads,
-      dtype=config.compute_dtype,
-      options=config.decoder_options,
-      parent=None,
-    )
-    self._apply_block: Callable[..., Any] = block.apply
+    self._apply_block: Callable[..., Any] = generators.block(config).apply
 
   def logits(
     self, x: Float[Array, 'batch length embed']
   ) -> Float32[Array, 'batch length codebook']:
     """Returns the logits that a layer's output predicts."""
-    return self._apply(x, method=lambda model, x: model.logits_from(model.decoder.norm(x)))
+    return self._apply(x, method='layer_logits')
 
   def until_confident(
     self,
@@ -193,7 +183,7 @@ class AdaptiveDecoder:
       entries: the field of that name of another pass.
     """
     position = state.position
-    x = self._apply(previous, position, method='embed')
+    x = self._apply(previous, state, method='next_inputs')
     exited = jnp.zeros(previous.shape, bool) if copied is None else copied
     passed, computed = jnp.zeros(previous.shape, jnp.int32), jnp.int32(0)
     caches, made = [], []
@@ -206,7 +196,8 @@ class AdaptiveDecoder:
         query, key, value = project(x)
       else:
         query, key, value = _project_unless(copied, project, x, entries[layer], self._config.heads)
-      pattern, cache, entry = self._config.layer_pattern(layer), state.caches[layer], (key, value)
+      pattern = generators.layer_pattern(self._config, layer)
+      cache, entry = state.caches[layer], (key, value)
       if not position.ndim:
         # Outside of the branches: a branch that returned the cache would return a copy.
         cache = attention.write_cache(cache, *entry, position, pattern)
@@ -247,7 +238,7 @@ def _project_unless(
 
 
 def init_states(
-  config: parti_config.PartiConfig,
+  config: generators.Config,
   params: dict[str, Any],
   text_tokens: Int32[Array, 'batch text_length'],
   sampling: decoding.Sampling,
@@ -272,7 +263,7 @@ def init_states(
     return (init_state(text_tokens),)
   if sampling.skip_threshold is None:
     return (init_state(decoding.with_and_without(config, text_tokens)),)
-  return init_state(text_tokens), init_state(text_encoders.empty_text(config, text_tokens))
+  return init_state(text_tokens), init_state(generators.empty_text(config, text_tokens))
 
 
 def step_logits(
@@ -332,7 +323,7 @@ def _step_apart(decoder, previous, states, scale, sampling):
 
 
 def sample_tokens(
-  config: parti_config.PartiConfig,
+  config: generators.Config,
   params: dict[str, Any],
   text_tokens: Int32[Array, 'batch text_length'],
   keys: Key[Array, 'batch'],

@@ -279,7 +279,7 @@ class ContinuousSampler:
       self._slots = self._place.start(
         slots_lib.begin, params, (empty,), cache=cache, **self._statics
       )
-    self._slots = self._place.start(slots_lib.insert, (), (places,), self._slots, *encoded)
+    self._slots = self._place.start(slots_lib.insert, (), (places,), self._slots, encoded)
 
   def _advance(self) -> None:
     """Samples the next tokens of all slots, and decodes the pictures that are then complete."""

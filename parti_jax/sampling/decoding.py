@@ -23,10 +23,7 @@ from jaxtyping import UInt32
 
 from parti_jax.core import numerics
 from parti_jax.exported_model import sampling_settings
-from parti_jax.models import parti as parti_lib
-from parti_jax.models import parti_config
-from parti_jax.models import text_encoders
-from parti_jax.models import token_decoder
+from parti_jax.models import generators
 from parti_jax.models.nn import transformer
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import rules as rules_lib
@@ -120,14 +117,14 @@ def image_keys(
 
 
 def with_and_without(
-  config: parti_config.PartiConfig, text_tokens: Int32[Array, 'batch text_length']
+  config: generators.Config, text_tokens: Int32[Array, 'batch text_length']
 ) -> Int32[Array, '2*batch text_length']:
   """Inserts a row with the empty text after each row, for `guide`.
 
   The two texts of an image are adjacent, so they stay on one device of a mesh.
   """
   batch, length = text_tokens.shape
-  texts = jnp.stack([text_tokens, text_encoders.empty_text(config, text_tokens)], axis=1)
+  texts = jnp.stack([text_tokens, generators.empty_text(config, text_tokens)], axis=1)
   return texts.reshape(2 * batch, length)
 
 
@@ -277,7 +274,7 @@ def in_cache_layout(state: transformer.DecoderState) -> transformer.DecoderState
 
 
 def _grow(
-  config: parti_config.PartiConfig, state: transformer.DecoderState, length: int
+  config: generators.Config, state: transformer.DecoderState, length: int
 ) -> transformer.DecoderState:
   """Enlarges the caches of a state, with empty slots, for the first `length` positions."""
 
@@ -287,7 +284,7 @@ def _grow(
 
   grown = []
   for layer, cache in enumerate(state.caches):
-    num_slots = config.layer_pattern(layer).num_slots(length)
+    num_slots = generators.layer_pattern(config, layer).num_slots(length)
     grown.append(jax.tree.map(functools.partial(grow, num_slots=num_slots), cache))
   return state.replace(caches=grown)
 
@@ -302,7 +299,7 @@ def _segment_ends(patterns) -> list[int]:
 
 
 def init_state(
-  config: parti_config.PartiConfig,
+  config: generators.Config,
   params: dict[str, Any],
   text_tokens: Int32[Array, 'batch text_length'],
   length: int | None = None,
@@ -318,13 +315,13 @@ def init_state(
       starts with.
     cache: how to hold keys and values, a name in `sampling_settings.CACHES`.
   """
-  apply: Callable[..., Any] = parti_lib.Parti(config).apply
+  apply: Callable[..., Any] = generators.module(config).apply
   length = _segment_ends(config.patterns)[0] if length is None else length
   return apply({'params': params}, text_tokens, length, cache == 'int8', method='encode_text')
 
 
 def scan_positions(
-  config: parti_config.PartiConfig, step: Callable[[Any, Any], Any], batch: int, states: Any
+  config: generators.Config, step: Callable[[Any, Any], Any], batch: int, states: Any
 ) -> Any:
   """Runs a step at all positions, with caches that grow where it saves time.
 
@@ -351,7 +348,7 @@ def scan_positions(
 
 
 def sample_step(
-  config: parti_config.PartiConfig,
+  config: generators.Config,
   params: dict[str, Any],
   keys: Key[Array, 'batch'],
   sampling: Sampling,
@@ -375,7 +372,7 @@ def sample_step(
   previous, state = carry
   if sampling.guided:
     previous = jnp.repeat(previous, 2)
-  apply: Callable[..., Any] = token_decoder.TokenDecoder(config).apply
+  apply: Callable[..., Any] = generators.decoder(config).apply
   logits, state = apply({'params': params['image_decoder']}, previous[:, None], state=state)
   logits = logits[:, 0]
   if sampling.guided:
@@ -385,7 +382,7 @@ def sample_step(
 
 
 def sample_tokens(
-  config: parti_config.PartiConfig,
+  config: generators.Config,
   params: dict[str, Any],
   text_tokens: Int32[Array, 'batch text_length'],
   keys: Key[Array, 'batch'],

@@ -14,15 +14,15 @@ import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
-from parti_jax.models import parti_config
+from parti_jax.models import generators
 from parti_jax.models.nn import layer_stack
 from parti_jax.models.nn import quantization
 
 
 def for_sampling(
-  config: parti_config.PartiConfig, params: dict[str, Any], weights: str = 'float'
+  config: generators.Config, params: dict[str, Any], weights: str = 'float'
 ) -> dict[str, Any]:
-  """Converts the parameters of `Parti` for sampling.
+  """Converts the parameters of a generator for sampling.
 
   Kernels that the network uses in `config.dtype` become this dtype. Other parameters, such as those
   of the logits and of norms, keep theirs. So do, with int8 weights, the kernels that `quantized`
@@ -45,7 +45,7 @@ def for_sampling(
   return _with_layers(params, lambda layers: layer_stack.unstacked(layers, config.decoder_layers))
 
 
-def shardings(config: parti_config.PartiConfig, stacked: dict[str, Any]) -> dict[str, Any]:
+def shardings(config: generators.Config, stacked: dict[str, Any]) -> dict[str, Any]:
   """Returns the shardings of the result of `for_sampling`.
 
   Args:

@@ -15,7 +15,7 @@ from jaxtyping import Int32
 from jaxtyping import UInt8
 from jaxtyping import UInt32
 
-from parti_jax.models import parti_config
+from parti_jax.models import generators
 from parti_jax.models import pixels
 from parti_jax.models import vit_vqgan
 from parti_jax.sampling import adaptive
@@ -43,7 +43,7 @@ def generate(
   seed: UInt32[Array, ''],
   sampling: decoding.Sampling,
   *,
-  config: parti_config.PartiConfig,
+  config: generators.Config,
   tokenizer: nn.Module,
 ) -> tuple[
   Int32[Array, 'batch image_length'],

@@ -28,9 +28,8 @@ from jaxtyping import UInt32
 
 from parti_jax.core import numerics
 from parti_jax.exported_model import sampling_settings
-from parti_jax.models import parti_config
+from parti_jax.models import generators
 from parti_jax.models import pixels
-from parti_jax.models import token_decoder
 from parti_jax.models.nn import transformer
 from parti_jax.sampling import decoding
 
@@ -122,6 +121,7 @@ def _constrained(slots: Slots) -> Slots:
       caches=jax.tree.map(lambda leaf: constrain(leaf, 'activation_heads'), state.caches),
       texts=jax.tree.map(lambda leaf: constrain(leaf, 'activation_heads'), state.texts),
       text_mask=constrain(state.text_mask),
+      start=jax.tree.map(constrain, state.start),
     ),
     constrain(slots.tokens),
   )
@@ -138,7 +138,7 @@ def begin(
   params: dict[str, Any],
   texts: Int32[Array, 'slots text_length'],
   *,
-  config: parti_config.PartiConfig,
+  config: generators.Config,
   guided: bool,
   cache: str,
 ) -> Slots:
@@ -161,10 +161,10 @@ def encode(
   params: dict[str, Any],
   texts: Int32[Array, 'texts text_length'],
   *,
-  config: parti_config.PartiConfig,
+  config: generators.Config,
   guided: bool,
   cache: str,
-) -> tuple[list[transformer.TextKeysValues], Bool[Array, 'rows 1 1 text_length']]:
+) -> dict[str, Any]:
   """Encodes texts for `insert`, with two rows for each text if guided.
 
   Args:
@@ -175,35 +175,25 @@ def encode(
     cache: an argument of `begin`.
 
   Returns:
-    Two fields of the decoder's state: `texts` and `text_mask`.
+    Fields of the decoder's state: `DecoderState.of_texts`.
   """
   # The caches are left out: a single position makes them small, if the compiler keeps them at all.
-  state = _init_state(config, params, texts, guided, cache, 1)
-  return state.texts, state.text_mask
+  return _init_state(config, params, texts, guided, cache, 1).of_texts
 
 
 @functools.partial(jax.jit, donate_argnames='slots')
-def insert(
-  places: Int32[Array, 'texts'],
-  slots: Slots,
-  texts: list[transformer.TextKeysValues],
-  text_mask: Bool[Array, 'rows 1 1 text_length'],
-) -> Slots:
+def insert(places: Int32[Array, 'texts'], slots: Slots, encoded: dict[str, Any]) -> Slots:
   """Writes texts into slots.
 
   Args:
     places: the slot of each text; a number from the number of slots on writes nothing.
     slots: the batch; its memory is reused.
-    texts: a result of `encode`.
-    text_mask: a result of `encode`.
+    encoded: a result of `encode`.
   """
-  each = len(text_mask) // len(places)
+  each = len(encoded['text_mask']) // len(places)
   rows = (each * places[:, None] + jnp.arange(each)).reshape(-1)
   write = lambda whole, new: whole.at[rows].set(new, mode='drop')
-  state = slots.state.replace(
-    texts=jax.tree.map(write, slots.state.texts, texts),
-    text_mask=write(slots.state.text_mask, text_mask),
-  )
+  state = slots.state.replace(**jax.tree.map(write, slots.state.of_texts, encoded))
   return _constrained(slots.replace(state=state))
 
 
@@ -213,7 +203,7 @@ def advance(
   requests: Requests,
   slots: Slots,
   *,
-  config: parti_config.PartiConfig,
+  config: generators.Config,
   guided: bool,
   count: int,
 ) -> tuple[Slots, Int32[Array, '']]:
@@ -237,7 +227,7 @@ def advance(
   rows = jnp.repeat(requests.position, each)
   before = jnp.maximum(requests.position - 1, 0)
   previous = jnp.take_along_axis(slots.tokens, before[:, None], axis=1)[:, 0]
-  apply: Callable[..., Any] = token_decoder.TokenDecoder(config).apply
+  apply: Callable[..., Any] = generators.decoder(config).apply
 
   def step(carry, ahead):
     previous, state = carry

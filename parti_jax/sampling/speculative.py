@@ -33,8 +33,7 @@ from jaxtyping import Float32
 from jaxtyping import Int32
 from jaxtyping import Key
 
-from parti_jax.models import parti_config
-from parti_jax.models import token_decoder
+from parti_jax.models import generators
 from parti_jax.models.nn import transformer
 from parti_jax.sampling import adaptive
 from parti_jax.sampling import decoding
@@ -152,7 +151,7 @@ class _Speculation:
 
   def __init__(
     self,
-    config: parti_config.PartiConfig,
+    config: generators.Config,
     params: dict[str, Any],
     keys: Key[Array, 'batch'],
     sampling: decoding.Sampling,
@@ -162,7 +161,7 @@ class _Speculation:
     self._sampling = sampling.at_each_position(config.image_length)
     self._window = min(sampling.window, config.image_length)
     self._apply: Callable[..., Any] = functools.partial(
-      token_decoder.TokenDecoder(config).apply, {'params': params['image_decoder']}
+      generators.decoder(config).apply, {'params': params['image_decoder']}
     )
     self._adaptive: adaptive.AdaptiveDecoder | None = None
     if sampling.exit_threshold is not None or sampling.skip_threshold is not None:
@@ -343,7 +342,7 @@ class _Speculation:
 
 
 def sample_tokens(
-  config: parti_config.PartiConfig,
+  config: generators.Config,
   params: dict[str, Any],
   text_tokens: Int32[Array, 'batch text_length'],
   keys: Key[Array, 'batch'],

@@ -24,8 +24,8 @@ from parti_jax.core.errors import UserError
 from parti_jax.data import text_tokenizer
 from parti_jax.exported_model import model_folder
 from parti_jax.exported_model import sampling_settings
+from parti_jax.models import generators
 from parti_jax.models import image_tokenizers
-from parti_jax.models import text_encoders
 from parti_jax.sampling import adaptive
 from parti_jax.sampling import decoding
 from parti_jax.sampling import images as images_lib
@@ -218,8 +218,8 @@ class TextToImage:
         f'{model.vocabulary_path} has {self._vocabulary.size} pieces, but the model knows '
         f'{self.config.text_vocabulary}; it belongs to another model'
       )
-    text_encoders.check_empty_text(
-      self.config.text_encoder,
+    generators.check_empty_text(
+      self.config,
       self._vocabulary.encode('', max(self.config.text_length, 3))[0],
       str(model.vocabulary_path),
     )
@@ -544,7 +544,8 @@ class TextToImage:
       2
       * config.decoder_layers
       * config.image_length
-      * config.width
+      * config.cached_heads
+      * config.head_dim
       * (1 if self.cache == 'int8' else config.compute_dtype.itemsize)
       * (2 if guided else 1)
     )

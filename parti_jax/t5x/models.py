@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import flax.core
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,8 +26,7 @@ from parti_jax.core import errors
 from parti_jax.data import feature_converter
 from parti_jax.data import vocabulary
 from parti_jax.exported_model import sampling_settings
-from parti_jax.models import parti
-from parti_jax.models import token_decoder
+from parti_jax.models import generators
 from parti_jax.models.nn import layer_stack
 from parti_jax.models.nn import layers
 from parti_jax.models.nn import transformer
@@ -70,7 +70,7 @@ class PartiModel(t5x_models.BaseTransformerModel):
   any other; and 'decoder_loss_weights', float32 [batch, image_length].
 
   Args:
-    module: the network.
+    module: the network, of any kind in `generators.KINDS`.
     optimizer_def: an optimizer of `parti_jax.t5x.optimizers` or of t5x.
     input_vocabulary: vocabulary of the tasks' feature 'inputs'; None for one with exactly
       `PartiConfig.text_vocabulary` pieces.
@@ -95,7 +95,7 @@ class PartiModel(t5x_models.BaseTransformerModel):
 
   def __init__(
     self,
-    module: parti.Parti,
+    module: nn.Module,
     optimizer_def,
     input_vocabulary: seqio.Vocabulary | None = None,
     output_vocabulary: seqio.Vocabulary | None = None,
@@ -158,7 +158,7 @@ class PartiModel(t5x_models.BaseTransformerModel):
         )
     self._rows = input_shapes['encoder_input_tokens'][0]
     with logical_axes.bound():
-      boxed = self.module.init(rng, *parti.example_inputs(config))['params']
+      boxed = self.module.init(rng, *generators.example_inputs(config))['params']
       return logical_axes.variables(boxed)
 
   def _apply(self, params, *args, **kwargs):
@@ -298,9 +298,9 @@ class PartiModel(t5x_models.BaseTransformerModel):
     first_state = self._apply(sampling_params, texts, method='encode_text')
     of_image = lambda array: array.reshape((-1, 2 if guided else 1) + array.shape[1:])
     of_text = lambda array: array.reshape((-1,) + array.shape[2:])
-    texts, mask = jax.tree.map(
+    of_texts = jax.tree.map(
       lambda array: of_text(decoding.flat_batch_beam_expand(of_image(array), num_decodes)),
-      (first_state.texts, first_state.text_mask),
+      first_state.of_texts,
     )
 
     def tokens_to_logits(state: decoding.DecodingState):
@@ -308,12 +308,12 @@ class PartiModel(t5x_models.BaseTransformerModel):
         tuple(of_text(state.cache[f'layer_{layer}'][part]) for part in ('key', 'value'))
         for layer in range(config.decoder_layers)
       ]
-      apply: Callable[..., Any] = token_decoder.TokenDecoder(config).apply
+      apply: Callable[..., Any] = generators.decoder(config).apply
       with logical_axes.bound():
         logits, after = apply(
           {'params': sampling_params['image_decoder']},
           jnp.repeat(state.cur_token, 2 if guided else 1, axis=0),
-          state=transformer.DecoderState(jnp.max(state.cur_index), caches, texts, mask),
+          state=transformer.DecoderState(jnp.max(state.cur_index), caches, **of_texts),
         )
       logits = logits[:, 0]
       if guided:

@@ -231,7 +231,7 @@ def test_the_text_encoder_can_be_trained_along(t5, other_t5, tokens, tokenizer, 
     (["--gin.GeneratorObjective.frozen=('encoder',)"], "unknown parts ['encoder']"),
     (['--gin.vocabulary.path=None'], 'vocabulary'),
     (['--gin.PartiConfig.text_encoder=@T5EncoderConfig()'], 'width is 12 there and 1024 here'),
-    (['--gin.PartiConfig.text_encoder=None'], "text encoder of PartiConfig is Parti's own"),
+    (['--gin.PartiConfig.text_encoder=None'], 'text encoder of PartiConfig is its own'),
   ],
 )
 def test_what_does_not_fit_ends_before_the_first_step(

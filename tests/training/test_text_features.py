@@ -207,7 +207,7 @@ def test_the_objective_with_text_features_does_not_run_the_encoder():
   [
     ({'frozen': ()}, {}, r'but GeneratorObjective.frozen=\(\) trains it; .* or set token_cache'),
     ({}, {}, 'but its dropout is 0.1; set imported_text_encoder.dropout=0, or set token_cache'),
-    ({'model': parti_config.PartiConfig()}, {}, "is Parti's own; .*token_cache.text_features=F"),
+    ({'model': parti_config.PartiConfig()}, {}, 'is its own; .*token_cache.text_features=F'),
     ({'model': None}, {'width': 13}, 'X has 13 text features of a token, but .* has 12; set'),
     ({'model': None, 'text_features': 'bfloat16'}, {}, 'of the token cache X are float16; set it'),
     ({'model': None, 'text_features': 'float64'}, {}, "features='float64' is not one of bfloat16"),

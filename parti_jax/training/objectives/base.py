@@ -140,10 +140,15 @@ class Objective(abc.ABC):
     """
     self._check_empty_text(vocabulary, None)
 
-  def _check_empty_text(self, vocabulary: text_tokenizer.TextTokenizer, config: Any) -> None:
+  def _check_empty_text(
+    self,
+    vocabulary: text_tokenizer.TextTokenizer,
+    config: Any,
+    check: Callable[[Any, Any, str], None] = text_encoders.check_empty_text,
+  ) -> None:
     if length := self.feature_lengths().get('inputs'):
       ids, _ = vocabulary.encode('', max(length, 3))
-      text_encoders.check_empty_text(config, ids, f'vocabulary.path={vocabulary.path!r}')
+      check(config, ids, f'vocabulary.path={vocabulary.path!r}')
 
   def with_text_features(self, found: text_features.TextFeatures | None) -> Objective:
     """Returns the objective for examples with text features, or without any.

@@ -25,11 +25,9 @@ from parti_jax.exported_model import model_folder
 from parti_jax.exported_model import sampling_settings
 from parti_jax.models import config_checks
 from parti_jax.models import flops
+from parti_jax.models import generators
 from parti_jax.models import image_tokenizers
-from parti_jax.models import parti
-from parti_jax.models import parti_config
 from parti_jax.models import pixels
-from parti_jax.models import text_encoders
 from parti_jax.models.nn import layer_stack
 from parti_jax.models.nn import layers
 from parti_jax.partitioning import pipeline_parallelism
@@ -84,7 +82,7 @@ class GeneratorObjective(base.Objective):
       a frozen text encoder from elsewhere, without dropout.
   """
 
-  model: parti_config.PartiConfig
+  model: generators.Config
   tokenizer: str | None = None
   guidance_scale: float = 2.0
   depth_loss_weights: tuple[float, ...] | None = None
@@ -117,7 +115,8 @@ class GeneratorObjective(base.Objective):
     if len(weights) != self.model.decoder_layers or min(weights) < 0 or weights[-1] <= 0:
       raise errors.UserError(
         f'GeneratorObjective.depth_loss_weights={weights!r} must be {self.model.decoder_layers} '
-        'numbers, one for each of PartiConfig.decoder_layers, not negative and the last above 0'
+        f'numbers, one for each of {type(self.model).__name__}.decoder_layers, not negative and the '
+        'last above 0'
       )
 
   def _check_fit_for_text_features(self) -> None:
@@ -130,7 +129,8 @@ class GeneratorObjective(base.Objective):
       )
     why = None
     if encoder is None:
-      why = "but the text encoder of PartiConfig is Parti's own; set PartiConfig.text_encoder"
+      name = type(self.model).__name__
+      why = f'but the text encoder of {name} is its own; set {name}.text_encoder'
     elif 'text_encoder' not in self.frozen:
       why = f"but GeneratorObjective.frozen={self.frozen!r} trains it; add 'text_encoder' to it"
     elif dropout := getattr(encoder, 'dropout', 0):
@@ -158,7 +158,7 @@ class GeneratorObjective(base.Objective):
     if found.width != self.model.text_width:
       raise errors.UserError(
         f'{found.name} has {found.width} text features of a token, but the text encoder of '
-        f'PartiConfig has {self.model.text_width}; {_OTHER_ENCODER}'
+        f'{type(self.model).__name__} has {self.model.text_width}; {_OTHER_ENCODER}'
       )
     return objective
 
@@ -178,17 +178,17 @@ class GeneratorObjective(base.Objective):
 
   def vocabulary_sizes(self) -> dict[str, tuple[str, int]]:
     encoder = self.model.text_encoder
-    owner = 'PartiConfig' if encoder is None else type(encoder).__name__
+    owner = type(self.model if encoder is None else encoder).__name__
     return {
       'inputs': (f'{owner}.text_vocabulary', self.model.text_vocabulary),
-      'targets': ('PartiConfig.codebook_size', self.model.codebook_size),
+      'targets': (f'{type(self.model).__name__}.codebook_size', self.model.codebook_size),
     }
 
   def grid(self) -> tuple[str, tuple[int, int]]:
-    return 'PartiConfig.grid', self.model.grid
+    return f'{type(self.model).__name__}.grid', self.model.grid
 
   def check_vocabulary(self, vocabulary: text_tokenizer.TextTokenizer) -> None:
-    self._check_empty_text(vocabulary, self.model.text_encoder)
+    self._check_empty_text(vocabulary, self.model, generators.check_empty_text)
 
   def abstract_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     text, image = ((batch_size, length) for length in self.feature_lengths().values())
@@ -203,7 +203,7 @@ class GeneratorObjective(base.Objective):
     return found
 
   def init(self, rng: PRNGKeyArray) -> base.Params:
-    return parti.Parti(self.model).init(rng, *parti.example_inputs(self.model))['params']
+    return generators.module(self.model).init(rng, *generators.example_inputs(self.model))['params']
 
   def sources(self) -> dict[str, fingerprints.Fingerprint]:
     return initial_text_encoder.sources(self.text_encoder, 'GeneratorObjective.text_encoder')
@@ -341,8 +341,8 @@ class GeneratorObjective(base.Objective):
 
   def step_flops(self, batch_size: int) -> int:
     more = (len(self._predicting()) - 1) * flops.logits_forward(self.model)
-    encoder = 0 if self.text_features else text_encoders.forward_flops(self.model)
-    decoder = flops.token_decoder_forward(self.model) + more
+    encoder = 0 if self.text_features else generators.text_flops(self.model)
+    decoder = generators.decoder_flops(self.model) + more
     # The backward pass costs twice the forward pass, and ends at the decoder if the encoder is frozen.
     return batch_size * ((1 if 'text_encoder' in self.frozen else 3) * encoder + 3 * decoder)
 
@@ -360,7 +360,7 @@ class GeneratorObjective(base.Objective):
     regularized: bool,
   ) -> dict[str, Float[Array, 'layers batch tokens']]:
     """Returns the results of `_of_logits` for the layers with a weight."""
-    model = parti.Parti(self.model)
+    model = generators.module(self.model)
     apply: Callable[..., Any] = functools.partial(model.apply, {'params': params})
     features = batch['text_features'] if self.text_features else None
     inputs = batch['encoder_input_tokens'], batch['decoder_target_tokens'], dropout_keys, features

@@ -15,6 +15,7 @@ from parti_jax.core import fingerprints
 from parti_jax.core import storage
 from parti_jax.exported_model import model_folder
 from parti_jax.models import config_checks
+from parti_jax.models import generators
 from parti_jax.models import parti_config
 from parti_jax.models import text_encoders
 from parti_jax.training import inputs as inputs_lib
@@ -68,7 +69,7 @@ def imported_text_encoder(
 
 def parts(
   source: str | None,
-  model: parti_config.PartiConfig,
+  model: generators.Config,
   abstract: Mapping[str, Any],
   inputs: inputs_lib.Inputs,
   key: str,
@@ -106,8 +107,16 @@ def parts(
       f'{key}={source!r} is a run of the objective {saved["stage"]!r}, which '
       'has no text encoder; give one of TextEncoderObjective or GeneratorObjective'
     )
-  theirs = parti_config.PartiConfig(**parti_config.upgrade_config(saved['config']))
+  if saved['stage'] == 'generator':
+    theirs = run_checkpoints.read_config(path, 'generator')
+  else:
+    theirs = parti_config.PartiConfig(**parti_config.upgrade_config(saved['config']))
   if theirs.text_encoder is None:
+    if type(theirs) is not type(model):
+      raise errors.UserError(
+        f'{key}={source!r} has the text encoder of {type(theirs).__name__}, not that of '
+        f'{type(model).__name__}; give another one'
+      )
     own = {name: (getattr(theirs, name), getattr(model, name)) for name in _SIZES}
     _refuse_differing(f'{key}={source!r}', own)
   else:
@@ -137,14 +146,14 @@ def sources(source: str | None, key: str) -> dict[str, fingerprints.Fingerprint]
 
 
 def _check_same(
-  theirs: parti_config.TextEncoderConfig, model: parti_config.PartiConfig, where: str
+  theirs: parti_config.TextEncoderConfig, model: generators.Config, where: str
 ) -> None:
-  """Raises UserError unless an imported text encoder is the one of PartiConfig.text_encoder."""
+  """Raises UserError unless an imported text encoder is the one of a generator's config."""
   ours = model.text_encoder
   if type(ours) is not type(theirs):
-    shown = "Parti's own" if ours is None else f'a {type(ours).__name__}'
+    shown = 'its own' if ours is None else f'a {type(ours).__name__}'
     raise errors.UserError(
-      f'{where} is a {type(theirs).__name__}, but the text encoder of PartiConfig is {shown}; '
+      f'{where} is a {type(theirs).__name__}, but the text encoder of {type(model).__name__} is {shown}; '
       'include gin_configs/models/imported_text_encoder.gin'
     )
   free = set(config_checks.FREE_SETTINGS)
