@@ -255,3 +255,11 @@ def check_empty_text(config: DalleMiniConfig, ids: Any, tokenizer: str) -> None:
       f'expects {[START_ID, END_ID, text_ids.PAD_ID]}: the start and the end of a text, then '
       'padding; it belongs to another network'
     )
+
+
+def example_inputs(
+  config: DalleMiniConfig, batch: int = 1
+) -> tuple[Int[Array, 'batch text_length'], Int[Array, 'batch image_length']]:
+  """Returns arrays with the shapes and dtypes of the arguments of `DalleMini`, for initialization."""
+  text = jnp.zeros((batch, config.text_length), jnp.int32)
+  return empty_text(config, text), jnp.zeros((batch, config.image_length), jnp.int32)
