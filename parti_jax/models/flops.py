@@ -3,15 +3,19 @@
 A product of [m, k] and [k, n] counts as 2·m·k·n. Attention counts all pairs of positions (as in
 PaLM, appendix B); a sparse pattern counts the keys in its neighbourhood for each query. Norms,
 softmax and embedding lookups are not counted. A training step costs three forward passes.
+
+Those of a text encoder and of an image-token decoder take the config of Parti, or of another generator
+whose blocks have the same projections, such as DALL·E mini.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from parti_jax.models import clip
 from parti_jax.models import coca
 from parti_jax.models import discriminator
 from parti_jax.models import lpips
-from parti_jax.models import parti_config
 from parti_jax.models import real_esrgan
 from parti_jax.models import siglip
 from parti_jax.models import super_resolution
@@ -28,20 +32,20 @@ def encoder_forward(
   return layers * (projections + 4 * length**2 * width)
 
 
-def text_encoder_forward(config: parti_config.PartiConfig) -> int:
-  """FLOPs of one text through Parti's own text encoder."""
+def text_encoder_forward(config: Any) -> int:
+  """FLOPs of one text through a generator's own text encoder."""
   return encoder_forward(
     config.encoder_layers, config.width, config.mlp_width, config.text_length, config.mlp_kernels
   )
 
 
-def image_token_weights(config: parti_config.PartiConfig) -> int:
+def image_token_weights(config: Any) -> int:
   """Number of weights of one decoder layer that each image token is multiplied with."""
   width, keys_width = config.width, config.cached_heads * config.head_dim
   return 4 * width**2 + 2 * width * keys_width + config.mlp_kernels * width * config.mlp_width
 
 
-def token_decoder_forward(config: parti_config.PartiConfig) -> int:
+def token_decoder_forward(config: Any) -> int:
   """FLOPs of one text's features and its image tokens through the image-token decoder."""
   width, text, image = config.width, config.text_length, config.image_length
   projections = 2 * image * image_token_weights(config)
@@ -50,18 +54,18 @@ def token_decoder_forward(config: parti_config.PartiConfig) -> int:
   return config.decoder_layers * (projections + memory) + attention + logits_forward(config)
 
 
-def logits_forward(config: parti_config.PartiConfig) -> int:
+def logits_forward(config: Any) -> int:
   """FLOPs of the logits of all image tokens of one sequence, from the output of one layer."""
   return 2 * config.image_length * config.width * config.codebook_size
 
 
-def _keys(config: parti_config.PartiConfig) -> int:
+def _keys(config: Any) -> int:
   """Number of image tokens that a query counts in all layers, including those that follow it."""
   repeated = config.decoder_layers // len(config.patterns)
   return repeated * sum(pattern.num_keys for pattern in config.patterns)
 
 
-def parti_sampling_step(config: parti_config.PartiConfig) -> int:
+def parti_sampling_step(config: Any) -> int:
   """FLOPs of sampling the last image token of one sequence, with a cache of the previous ones."""
   width = config.width
   projections = 2 * image_token_weights(config)

@@ -21,6 +21,7 @@ from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import Int
 
+from parti_jax.models import dalle_mini
 from parti_jax.models import flops
 from parti_jax.models import kinds
 from parti_jax.models import parti
@@ -265,6 +266,18 @@ KINDS = kinds.Kinds.of_part(
       flops.token_decoder_forward,
       flops.parti_sampling_step,
       upgrade=parti_config.upgrade_config,
+    ),
+    'dalle_mini': Kind(
+      dalle_mini.DalleMiniConfig,
+      dalle_mini.DalleMini,
+      dalle_mini.ImageDecoder,
+      token_decoder.block,
+      dalle_mini.example_inputs,
+      flops.token_decoder_forward,
+      flops.parti_sampling_step,
+      text_flops=flops.text_encoder_forward,
+      empty_text=dalle_mini.empty_text,
+      check_empty_text=dalle_mini.check_empty_text,
     ),
   },
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -154,8 +156,8 @@ class TokenDecoder(nn.Module):
     return self.logits_from(self.decoder.norm(x))
 
 
-def block(config: parti_config.PartiConfig) -> transformer.DecoderBlock:
-  """Returns the module of one layer of the decoder, without dropout."""
+def block(config: Any) -> transformer.DecoderBlock:
+  """Returns the module of one layer of a generator's decoder, without dropout."""
   return transformer.DecoderBlock(
     config.width,
     config.mlp_width,
