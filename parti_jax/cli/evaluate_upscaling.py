@@ -26,6 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser):
     '--model', metavar='PATH', help='an exported model (default: the demo model in the package)'
   )
   parser.add_argument(
+    '--upscaler',
+    metavar='PATH',
+    help="a folder with the super-resolution to measure instead of the model's, such as a "
+    'Real-ESRGAN that `parti-jax import` wrote',
+  )
+  parser.add_argument(
     '--source',
     metavar='NAME',
     help='source of the pictures: openmoji, folder, tfrecord or webdataset (default: '
@@ -63,11 +69,12 @@ def run(args: argparse.Namespace) -> int:
   gin_config.parse(args.gin_file, args.gin_bindings)
   source = args.source or (None if args.gin_file else 'openmoji')
   compilation_cache.enable()
-  model = text_to_image.load(args.model)
+  model = text_to_image.load(args.model, upscaler=args.upscaler)
   if model.upscaler is None:
     raise UserError(
       f'the model {model.model_name} has no super-resolution; '
-      '`parti-jax export --base=FOLDER --super_resolution=RUN` adds it'
+      '`parti-jax export --base=FOLDER --super_resolution=RUN` adds it, and --upscaler=FOLDER '
+      'measures another'
     )
   size = model.upscaler.factor * model.image_size
   examples: Any = datasets.pictures_and_captions(source, args.split, size)

@@ -60,6 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser):
     '--upscale', action='store_true', help="enlarge the pictures with the model's super-resolution"
   )
   parser.add_argument(
+    '--upscaler',
+    metavar='PATH',
+    help="enlarge them with the super-resolution in this folder instead of the model's, such as a "
+    'Real-ESRGAN that `parti-jax import` wrote',
+  )
+  parser.add_argument(
     '--seed', type=int, default=0, help='seed of the pictures (default: %(default)s)'
   )
   sampling_flags.add_arguments(parser)
@@ -92,7 +98,12 @@ def run(args: argparse.Namespace) -> int:
   from parti_jax.sampling import text_to_image
 
   start_cache.enable()
-  model = text_to_image.load(args.model, ranker=args.ranker, **sampling_flags.given_precision(args))
+  model = text_to_image.load(
+    args.model,
+    ranker=args.ranker,
+    upscaler=args.upscaler,
+    **sampling_flags.given_precision(args),
+  )
   garbage.resume()
   with warnings.catch_warnings():
     warnings.simplefilter('always', UserWarning)
@@ -104,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
       batch_size=args.batch_size,
       progress=True,
       rank=args.rank or args.ranker is not None,
-      upscale=args.upscale,
+      upscale=args.upscale or args.upscaler is not None,
       **sampling_flags.given(args),
     )
   for path in result.save(args.output_dir):

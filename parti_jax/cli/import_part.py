@@ -102,6 +102,20 @@ def add_arguments(parser: argparse.ArgumentParser):
     metavar='TOKENS',
     help='maximum number of text tokens of a T5 (default: 128)',
   )
+  upscaler = parser.add_argument_group('super-resolution')
+  upscaler.add_argument(
+    '--interpolate_with',
+    metavar='FILE',
+    help='weights of the same network, such as realesr-general-wdn-x4v3.pth; the folder gets '
+    'weights between both',
+  )
+  upscaler.add_argument(
+    '--denoise_strength',
+    type=float,
+    metavar='SHARE',
+    help='share of the first weights in them, from 0 to 1 (default: '
+    f'{importable_parts.DENOISE_STRENGTH})',
+  )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -173,4 +187,7 @@ def _origin(args: argparse.Namespace, given: importable_parts.Given) -> dict[str
     'files': [os.path.basename(file) for file in given.weights.files],
     'sha256': given.weights.digest(),
   }
-  return {name: value for name, value in origin.items() if value}
+  if args.interpolate_with is not None:
+    strength = args.denoise_strength
+    origin['denoise_strength'] = importable_parts.DENOISE_STRENGTH if strength is None else strength
+  return {name: value for name, value in origin.items() if value not in (None, '')}

@@ -26,6 +26,7 @@ from parti_jax.importers import clip
 from parti_jax.importers import enhancing_vit_vqgan
 from parti_jax.importers import files
 from parti_jax.importers import key_map
+from parti_jax.importers import real_esrgan
 from parti_jax.importers import siglip
 from parti_jax.importers import t5
 from parti_jax.importers import tokenizer_files
@@ -42,7 +43,11 @@ FLAGS = (
   'preprocessor',
   'activation',
   'text_length',
+  'interpolate_with',
+  'denoise_strength',
 )
+# Share of the first file in an interpolation; the default of Real-ESRGAN's script.
+DENOISE_STRENGTH = 0.5
 # Id of the unknown piece in Gemma's SentencePiece model; in other models it is 2.
 _GEMMA_UNKNOWN = 3
 # Rows of T5's tables of pieces beyond their vocabularies.
@@ -164,6 +169,13 @@ def open_files(args: argparse.Namespace, found: Format) -> Given:
     UserError: if a file is missing, damaged or of another format.
   """
   weights = files.open_weights(args.files)
+  if args.interpolate_with is not None:
+    share = DENOISE_STRENGTH if args.denoise_strength is None else args.denoise_strength
+    if not 0 <= share <= 1:
+      raise UserError(f'--denoise_strength={share} must lie in [0, 1]')
+    weights = files.interpolated(weights, files.open_weights([args.interpolate_with]), share)
+  elif args.denoise_strength is not None:
+    raise UserError('--denoise_strength needs --interpolate_with=FILE, the weights for 0')
   config = _json_file(args.config, found.config_file, weights)
   name = 'preprocessor_config.json' if 'preprocessor' in found.flags else None
   preprocessor = _json_file(args.preprocessor, name, weights)
@@ -277,6 +289,13 @@ def _described_text_encoder(config, count: int) -> str:
   )
 
 
+def _described_upscaler(config, count: int) -> str:
+  return (
+    f'a super-resolution network of {count:,} parameters, which enlarges pictures by '
+    f'{config.factor}'
+  )
+
+
 _CLIP_TOKENIZER = Tokenizer(
   "OpenAI CLIP's tokenizer.json, or a folder with its vocab.json and merges.txt",
   lambda path: TokenizerFile(tokenizer_files.of_clip(path)),
@@ -378,6 +397,19 @@ PARTS: Mapping[str, Part] = {
     },
     _described_text_encoder,
     '--gin_file=models/imported_text_encoder.gin --gin.TEXT_ENCODER="\'{}\'" of `parti-jax train`',
+  ),
+  'super_resolution': Part(
+    {
+      real_esrgan.FORMAT: Format(
+        lambda given: real_esrgan.config_of(given.arrays),
+        lambda given, config: real_esrgan.key_map(config, given.arrays),
+        lambda given: real_esrgan.ignored(given.arrays),
+        flags=('interpolate_with', 'denoise_strength'),
+      )
+    },
+    _described_upscaler,
+    '--upscaler={0} of `parti-jax generate` and `evaluate_upscaling`, and --super_resolution={0} of '
+    '`export`',
   ),
 }
 FORMATS = tuple(dict.fromkeys(name for part in PARTS.values() for name in part.formats))

@@ -83,6 +83,49 @@ def open_weights(paths: Sequence[str]) -> Weights:
   return Weights(files, arrays)
 
 
+def interpolated(first: Weights, second: Weights, share: float) -> Weights:
+  """Returns the weights between two files of one network: share · first + (1 - share) · second.
+
+  Args:
+    first: weights.
+    second: weights with arrays of the same names and shapes.
+    share: a number in [0, 1].
+
+  Raises:
+    UserError: if the share is another number, or the files have different arrays.
+  """
+  if not 0 <= share <= 1:
+    raise UserError(f'the share {share} of the first weights must lie in [0, 1]')
+  both = ' and '.join(', '.join(map(str, weights.files)) for weights in (first, second))
+  if different := sorted(set(first.arrays) ^ set(second.arrays)):
+    raise UserError(f'{both} have different arrays, such as {different[0]}')
+  arrays: dict[str, key_map.StoredArray] = {}
+  for name, array in first.arrays.items():
+    other = second.arrays[name]
+    shapes = [tuple(found.shape) for found in (array, other)]
+    if shapes[0] != shapes[1]:
+      raise UserError(f'{both} have arrays {name} of different shapes: {shapes[0]}, {shapes[1]}')
+    floats = all(jnp.issubdtype(found.dtype, jnp.floating) for found in (array, other))
+    arrays[name] = _Interpolated(array, other, share) if floats else array
+  return Weights((*first.files, *second.files), arrays)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Interpolated:
+  first: key_map.StoredArray
+  second: key_map.StoredArray
+  share: float
+  dtype = np.dtype(np.float32)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.first.shape
+
+  def read(self) -> np.ndarray:
+    first, second = (np.asarray(array.read(), np.float32) for array in (self.first, self.second))
+    return np.float32(self.share) * first + np.float32(1 - self.share) * second
+
+
 def _files(path: pathlib.Path) -> list[pathlib.Path]:
   """Returns the files of a path."""
   try:

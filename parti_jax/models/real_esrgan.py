@@ -29,6 +29,9 @@ from parti_jax.models.nn import layers
 # Number of dense blocks in a block, and of convolutions in a dense block (ESRGAN, figure 4).
 DENSE_BLOCKS = 3
 CONVOLUTIONS = 5
+# Distance, in positions of the blocks, from which on nothing changes a pixel visibly: with the
+# published weights of RealESRGAN_x4plus, cutting pictures off there moved no pixel by 0.2 / 255.
+_FAR = 64
 # Factor of a residual branch (ESRGAN, section 3.1), and the slope of leaky ReLUs.
 _RESIDUAL = 0.2
 _SLOPE = 0.2
@@ -95,9 +98,12 @@ class RRDBNetConfig:
 
   @property
   def reach(self) -> int:
-    """Radius of the receptive field, in pixels of the input."""
+    """Radius of what changes a result visibly, in pixels of the input.
+
+    The receptive field of more than four blocks is larger, but its edge hardly counts.
+    """
     # The convolutions before the doublings, and less than two positions for those after them.
-    positions = 2 + DENSE_BLOCKS * CONVOLUTIONS * self.blocks + 2
+    positions = min(2 + DENSE_BLOCKS * CONVOLUTIONS * self.blocks + 2, _FAR)
     return self.unshuffle * positions + self.unshuffle - 1
 
 

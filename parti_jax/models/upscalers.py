@@ -49,7 +49,8 @@ class Config(Protocol):
   def reach(self) -> int | None:
     """Radius of the receptive field, in pixels of the input; None for the whole input.
 
-    Large pictures are cut into windows that overlap by it. With None they are enlarged whole.
+    Where only a part of the field changes a result visibly, it is the radius of that part. Large
+    pictures are cut into windows that overlap by it. With None they are enlarged whole.
     """
 
   @property
