@@ -5,6 +5,7 @@ import re
 
 import flax.traverse_util
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,10 +13,13 @@ torch = pytest.importorskip('torch')
 min_dalle_models = pytest.importorskip('min_dalle.models')
 
 from parti_jax.exported_model import parameter_files  # noqa: E402
+from parti_jax.exported_model import sampling_settings  # noqa: E402
 from parti_jax.importers import dalle_mini as importer  # noqa: E402
 from parti_jax.importers import files  # noqa: E402
 from parti_jax.importers import key_map  # noqa: E402
 from parti_jax.models import dalle_mini  # noqa: E402
+from parti_jax.sampling import decoding  # noqa: E402
+from parti_jax.sampling import parameters  # noqa: E402
 from tests import tiny_dalle_mini  # noqa: E402
 
 # min-dalle's code has 256 image tokens.
@@ -154,3 +158,42 @@ def test_logits_are_those_of_min_dalle(theirs, folder, start):
       token_index=torch.arange(LENGTH),
     )
   np.testing.assert_allclose(found, expected.numpy()[..., :CODES], atol=1e-4)
+
+
+def _greedy(encoder, decoder, texts, start, scale):
+  """min-dalle's images of each text with guidance, one position at a time with its cache.
+
+  Its own `sample_tokens` draws at random among at least 2**14 codes.
+  """
+  empty = np.full_like(texts, PADDING)
+  empty[:, :2] = 0, 2
+  count = len(texts)
+  both = np.concatenate([empty, texts])
+  encoded = _encoded(encoder, both)
+  state = torch.zeros(len(decoder.layers), 4 * count, LENGTH, encoded.shape[-1])
+  images = torch.full((count, LENGTH + 1), start)
+  for position in range(LENGTH):
+    with torch.no_grad():
+      logits, state = decoder(
+        attention_mask=torch.tensor(both != PADDING)[:, None, None],
+        encoder_state=encoded,
+        attention_state=state,
+        prev_tokens=images[:, [position]],
+        token_index=torch.tensor([position]),
+      )
+    without, given = logits[:, -1, :CODES].split(count)
+    images[:, position + 1] = (without * (1 - scale) + given * scale).argmax(-1)
+  return images[:, 1:].numpy()
+
+
+def test_greedy_images_with_guidance_are_those_of_min_dalle(theirs, folder):
+  config, params = _ours(folder, CODES)
+  ours, padded = _texts()
+  settings = sampling_settings.SamplingSettings(guidance_scale=10.0, temperature=0.0)
+  sampling = decoding.Sampling.of(settings, LENGTH)
+  sample = jax.jit(functools.partial(decoding.sample_tokens, config))
+  keys = decoding.image_keys(0, jnp.arange(len(ours)))
+  found = sample(parameters.for_sampling(config, params), jnp.asarray(ours), keys, sampling)
+  expected = _greedy(*theirs, padded, CODES, settings.guidance_scale)
+  assert len(np.unique(expected)) > CODES // 2
+  np.testing.assert_array_equal(found, expected)
