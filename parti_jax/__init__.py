@@ -34,6 +34,7 @@ _MODULES = {
   'RankerObjective': 'parti_jax.training.objectives.ranker_objective',
   'SuperResolutionObjective': 'parti_jax.training.objectives.super_resolution_objective',
   'TextEncoderObjective': 'parti_jax.training.objectives.text_encoder_objective',
+  'LoraObjective': 'parti_jax.training.objectives.lora_objective',
   'Trainer': 'parti_jax.training.trainer',
   'TrainState': 'parti_jax.training.state',
   'adafactor': 'parti_jax.training.optimizers',

@@ -30,6 +30,9 @@ from parti_jax.models import kinds as kinds_lib
 from parti_jax.models import parti_config
 from parti_jax.partitioning import placing
 
+# The part of the parameters that has adapters (`parti_jax.models.lora`), in the checkpoints of a run that
+# trains them. The parameters of their base are not in the checkpoints.
+ADAPTERS = 'adapters'
 # Files of a checkpoint that Orbax reads as JSON.
 _METADATA_FILES = (
   '_CHECKPOINT_METADATA',
@@ -42,8 +45,12 @@ _METADATA_FILES = (
 
 
 def describe(objective) -> dict:
-  """Returns an objective's name and its model's config, in the form that checkpoints store."""
-  return description(objective.name, objective.model)
+  """Returns an objective's name and its model's config, in the form that checkpoints store.
+
+  If it trains adapters, this also says which, and where their base was.
+  """
+  adapters = {} if objective.lora is None else {'lora': objective.lora}
+  return description(objective.name, objective.model) | adapters
 
 
 def description(name: str, config) -> dict:
@@ -257,6 +264,11 @@ def read_parts(path: epath.Path, params):
     UserError: if parameters are missing, unknown or of another shape.
   """
   saved = saved_shapes(path)
+  if ADAPTERS not in params and any(name.startswith(f'params/{ADAPTERS}/') for name in saved):
+    raise errors.UserError(
+      f'{path} has adapters of a network (LoRA), not the network; `parti-jax export` adds them to '
+      'their base: give the model folder that it writes'
+    )
   averaged = _averaged(saved, params)
   abstract = {
     'params': {part: tree for part, tree in params.items() if part not in averaged},
@@ -300,7 +312,8 @@ def read_model_folder(path, objective, abstract, inputs):
   """Reads the parameters of an exported model, to start a run from.
 
   Args:
-    path: a model folder written by `parti-jax export`.
+    path: a model folder written by `parti-jax export`, or a folder with the network alone, such as
+      `parti-jax import` writes.
     objective: the run's objective; its model must have the same config.
     abstract: the parameters' shapes and shardings.
     inputs: the run's vocabulary and tokenizer, an `Inputs`.
@@ -312,18 +325,41 @@ def read_model_folder(path, objective, abstract, inputs):
     UserError: if the model folder doesn't exist, or its config, vocabulary or tokenizer differs;
       names the differences.
   """
-  networks = model_folder.load(path).networks
-  if objective.name not in networks:
+  if objective.lora is not None:
     raise errors.UserError(
-      f'{path}: the model has no {objective.name} to start from; set train.initial_model to None '
-      'or to another model'
+      f'train.initial_model={str(path)!r}: adapters start from LoraObjective.base; set it, and '
+      'train.initial_model to None'
     )
-  part = networks[objective.name]
-  inputs.check(
-    f'train.initial_model={str(path)!r}', part.made_with, 'or start without train.initial_model'
-  )
+  key = f'train.initial_model={str(path)!r}'
+  part = read_network(objective.name, path, key)
+  inputs.check(key, part.made_with, 'or start without train.initial_model')
   check_same_model(path, description(objective.name, part.config), describe(objective))
   return put_like(part.params, {name: abstract[name] for name in part.params})
+
+
+def read_network(name: str, folder, key: str) -> model_folder.Part:
+  """Reads a network that a run starts with.
+
+  Args:
+    name: the network's name in `model_folder.NETWORKS`.
+    folder: a model folder, or a folder with the network alone, as a path or a URL.
+    key: the gin key and its value, for messages.
+
+  Raises:
+    UserError: if the folder doesn't exist, is damaged, or has no such network.
+  """
+  try:
+    if not storage.exists(storage.join(folder, model_folder.VOCABULARY_FILE)):
+      return model_folder.load_part(name, folder)
+    networks = model_folder.load(folder).networks
+  except errors.UserError as error:
+    raise errors.UserError(f'{key}: {error}') from error
+  if name not in networks:
+    raise errors.UserError(
+      f'{key}: the model has no {name} to start from, only {", ".join(networks)}; give another folder, '
+      'or None'
+    )
+  return networks[name]
 
 
 def put_like(params, abstract):
@@ -340,6 +376,7 @@ def check_same_model(path, saved: dict, wanted: dict):
       f'{path}: a checkpoint of the objective {saved["stage"]!r}, not of '
       f'{wanted["stage"]!r}; choose another --model_dir'
     )
+  _check_same_adapters(path, saved.get('lora'), wanted.get('lora'))
   kinds = [model.get('kind', _first_kind(model['stage'])) for model in (saved, wanted)]
   if kinds[0] != kinds[1]:
     raise errors.UserError(
@@ -377,6 +414,28 @@ def check_same_model(path, saved: dict, wanted: dict):
       f'{path}: has another configuration: {"; ".join(differing)}; train in '
       'another --model_dir, or restore the model settings'
     )
+
+
+def _check_same_adapters(
+  path, saved: Mapping[str, Any] | None, wanted: Mapping[str, Any] | None
+) -> None:
+  """Raises UserError if two models differ in what `describe` says about adapters."""
+  if (saved is None) != (wanted is None):
+    has, has_not = ('adapters (LoRA)', 'a network') if wanted is None else ('a network', 'adapters')
+    raise errors.UserError(
+      f'{path}: a checkpoint of {has}, but the run trains {has_not}; train in another --model_dir, '
+      'or restore train.objective'
+    )
+  for name in ('rank', 'alpha', 'targets') if saved and wanted else ():
+    theirs, ours = (
+      tuple(value) if isinstance(value := model.get(name), list) else value
+      for model in (saved, wanted)
+    )
+    if theirs != ours:
+      raise errors.UserError(
+        f'{path}: has another configuration: LoraObjective.{name} is {theirs} there and {ours} here; '
+        'train in another --model_dir, or restore it'
+      )
 
 
 def check_same_shapes(path, abstract, within: str | tuple[str, ...] = ''):

@@ -14,7 +14,9 @@ A vocabulary's fingerprint is a digest of its file. A tokenizer's fingerprint is
 encoder, the codebook and the settings that determine tokens: further training of the decoder alone
 doesn't change the tokens. The fingerprint of an imported text encoder is a digest of the public files
 that it was read from. A run's checkpoints and an exported generator have that of the text encoder
-that the generator began with, and have it in their parameters.
+that the generator began with, and have it in their parameters. The fingerprint of a base, to which
+adapters (LoRA) belong, is a digest of the parameters of its network; the adapters and the checkpoints
+of their run have it.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from typing import NamedTuple
 from parti_jax.core import errors
 
 KINDS = ('vocabulary', 'tokenizer', 'text_encoder')
+# Only adapters have a base.
+BASE = 'base'
 # The parameters of a tokenizer, and those of them that determine an image's tokens.
 TOKENIZER_PARTS = ('encoder', 'quantizer', 'decoder')
 _MAKES_TOKENS = ('encoder', 'quantizer')
@@ -70,6 +74,28 @@ def check_tokenizer_parts(params: Mapping) -> None:
     )
 
 
+def of_parameters(params: Mapping) -> str:
+  """Returns the fingerprint of a network's parameters, 16 hexadecimal digits.
+
+  It depends on their values in float32, not on the dtype that they are stored in.
+
+  Args:
+    params: a tree of arrays, without axis names. Of a lazily read one, a part along the first axis
+      is read at a time.
+  """
+  # Imported here because reading captions needs no JAX.
+  import jax
+  import numpy as np
+
+  digest = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    digest.update(f'{jax.tree_util.keystr(path)}{tuple(leaf.shape)}'.encode())
+    parts = [leaf[index] for index in range(leaf.shape[0])] if len(leaf.shape) > 2 else [leaf]
+    for part in parts:
+      digest.update(np.ascontiguousarray(np.asarray(part), np.float32).data)
+  return digest.hexdigest()[:16]
+
+
 def of_vocabulary(model: bytes) -> str:
   """Returns the fingerprint of a SentencePiece model's bytes, 16 hexadecimal digits."""
   return hashlib.sha256(model).hexdigest()[:16]
@@ -99,14 +125,15 @@ class Fingerprint(NamedTuple):
 
 def values(found: Mapping[str, Fingerprint | None]) -> dict[str, str | None]:
   """Returns {kind: digits}, the form stored in a checkpoint."""
+  kinds = (*KINDS, BASE) if found.get(BASE) else KINDS
   return {
-    kind: None if (fingerprint := found.get(kind)) is None else fingerprint.value for kind in KINDS
+    kind: None if (fingerprint := found.get(kind)) is None else fingerprint.value for kind in kinds
   }
 
 
 def named(name: str, kept: Mapping[str, str | None]) -> dict[str, Fingerprint]:
   """Returns {kind: fingerprint} from the digits stored with the artifact of this name."""
-  return {kind: Fingerprint(digits, name) for kind in KINDS if (digits := kept.get(kind))}
+  return {kind: Fingerprint(digits, name) for kind in (*KINDS, BASE) if (digits := kept.get(kind))}
 
 
 def mismatches(
@@ -126,7 +153,7 @@ def mismatches(
     A sentence for each kind that differs, naming both artifacts.
   """
   found = []
-  for kind in KINDS:
+  for kind in (*KINDS, BASE):
     theirs, ours = made_with.get(kind), given.get(kind)
     if theirs and ours and theirs.value != ours.value:
       found.append(

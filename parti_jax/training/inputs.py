@@ -12,11 +12,12 @@ _REMEDIES = {
   'vocabulary': 'set vocabulary.path to the one that it was trained with',
   'tokenizer': 'set token_cache.path, or {objective}.tokenizer, to the one that it was trained with',
   'text_encoder': 'set {objective}.text_encoder to the one that it was trained with',
+  'base': 'set LoraObjective.base to the one that its adapters were trained on',
 }
 
 
 class Inputs:
-  """The fingerprints of a run's vocabulary, tokenizer and imported text encoder.
+  """The fingerprints of a run's vocabulary, tokenizer, imported text encoder and base.
 
   Args:
     objective: the objective of the run (`base.Objective`).
@@ -39,7 +40,7 @@ class Inputs:
     uses_tokenizer: bool,
     allow_mismatch: bool = False,
   ):
-    self._objective, self._allow_mismatch = type(objective).__name__, allow_mismatch
+    self._objective, self._allow_mismatch = objective.gin_name, allow_mismatch
     self.warnings: list[str] = []
     self._known = {kind: found for kind, found in of_examples.items() if found}
     self._known |= objective.sources()

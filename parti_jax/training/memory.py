@@ -21,7 +21,7 @@ def check(state: Any) -> None:
   A step needs more memory than that, which only `parti-jax plan` computes.
 
   Args:
-    state: a TrainState of shapes and shardings.
+    state: a TrainState of shapes and shardings, or a tree with one.
 
   Raises:
     UserError: if they don't fit.

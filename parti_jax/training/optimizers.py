@@ -20,13 +20,18 @@ from jaxtyping import PyTree
 
 from parti_jax.core import checks
 from parti_jax.core.errors import UserError
+from parti_jax.models import lora
 from parti_jax.partitioning import factored
 
 
 def decayed(parameters: PyTree) -> PyTree[bool]:
-  """Returns which parameters weight decay acts on: kernels, not norms, tables or the codebook."""
+  """Returns which parameters weight decay acts on: kernels, not norms, tables or the codebook.
+
+  It acts on the matrices of adapters (`parti_jax.models.lora`) as on kernels.
+  """
+  names = ('kernel', lora.A, lora.B)
   return jax.tree_util.tree_map_with_path(
-    lambda path, _: str(getattr(path[-1], 'key', '')) == 'kernel', parameters
+    lambda path, _: str(getattr(path[-1], 'key', '')) in names, parameters
   )
 
 
@@ -169,7 +174,7 @@ def muon_axes(parameters: PyTree) -> PyTree:
 
   Returns:
     A tree of `optax.contrib.MuonDimensionNumbers`; None for parameters that aren't such kernels:
-    embeddings, norms, biases, logits, convolutions and projections of patches and features.
+    embeddings, norms, biases, logits, convolutions, adapters and projections of patches and features.
   """
 
   def axes(

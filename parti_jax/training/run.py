@@ -99,6 +99,10 @@ class Run:
     devices = texts.counted(jax.device_count(), f'{jax.devices()[0].device_kind} device')
     parameters = texts.short_count(facts['parameters'])
     lines = [f'{facts["stage"]}: {parameters} parameters on {devices}{among} ({mesh}), {where}']
+    if (adapters := self._trainer.objective.lora) is not None:
+      lines.append(
+        f'these are adapters of rank {adapters["rank"]}; their base, {adapters["base"]}, does not change'
+      )
     if self._checkpoints.factored:
       lines.append(whole_moments.line(self._checkpoints.factored))
     options = self._trainer.compiler_options

@@ -143,7 +143,8 @@ def _prepare(
   config = dataclasses.replace(config, objective=objective)
   trainer = trainer_lib.Trainer.of_config(config, mesh)
   rules_lib.check_batch(config.batch_size, mesh, trainer.rules, config.microbatches)
-  memory.check(trainer.abstract)
+  # The base of adapters is as large as a network.
+  memory.check((trainer.abstract, trainer.abstract_constants() if objective.lora else ()))
   disk_errors.check_room(model_dir, state_lib.num_bytes(trainer.abstract))
   check_vocabularies(objective, config.task)
   examples = shared_batches.SharedBatches(
@@ -185,7 +186,7 @@ def _prepare(
     config.max_bad_steps,
   )
   if text_features is not None:
-    objective.check_text_features(run.state.params, text_features)
+    objective.check_text_features(run.state.params | constants, text_features)
   reporter = reporting.Reporter(model_dir, config.steps, run.step, config.writers)
   journal.start(
     run.beginning(),

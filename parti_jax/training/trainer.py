@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +32,7 @@ from parti_jax.models.nn import layers
 from parti_jax.partitioning import compiler_options
 from parti_jax.partitioning import local_rows
 from parti_jax.partitioning import pipeline_parallelism
+from parti_jax.partitioning import placing
 from parti_jax.partitioning import rules as rules_lib
 from parti_jax.training import config as config_lib
 from parti_jax.training import skipped_steps
@@ -230,12 +232,13 @@ class Trainer:
       make_train_step(objective, optimizer, seed, microbatches),
       donate_argnums=0,
       compiler_options=self.compiler_options,
-      in_shardings=(self.shardings, self.batch_sharding, self._replicated),
+      # The constants stay as `constants` has split them.
+      in_shardings=(self.shardings, self.batch_sharding, None),
       out_shardings=(self.shardings, None),
     )
     self._evaluate = jax.jit(
       lambda params, constants, batch: objective.evaluate(params | constants, batch),
-      in_shardings=(self.shardings.params, self._replicated, self.batch_sharding),
+      in_shardings=(self.shardings.params, None, self.batch_sharding),
       out_shardings=self._replicated,
     )
 
@@ -259,8 +262,25 @@ class Trainer:
     Raises:
       UserError: if one of the files is missing or damaged.
     """
+    constants = self.objective.constants()
+    known = self.abstract_constants() if constants else {}
+
+    def put(name: str) -> Any:
+      if name not in known:
+        return jax.device_put(constants[name], self._replicated)
+      return jax.tree.map(
+        lambda leaf, like: placing.put(leaf, like.sharding), constants[name], known[name]
+      )
+
+    return {name: put(name) for name in constants}
+
+  def abstract_constants(self) -> base.Params:
+    """Returns shapes, dtypes and shardings of the constants; without logical axes they aren't split."""
+    boxed = self.objective.abstract_constants()
     return jax.tree.map(
-      lambda leaf: jax.device_put(leaf, self._replicated), self.objective.constants()
+      lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+      nn.meta.unbox(boxed),
+      rules_lib.parameter_shardings(boxed, self.mesh, self.rules),
     )
 
   @numerics.fixed()
@@ -308,10 +328,7 @@ class Trainer:
   @numerics.fixed()
   def lower(self, batch_size: int) -> jax.stages.Lowered:
     """Lowers the training step for a batch of this size, without compiling it."""
-    batch, constants = (
-      self.objective.abstract_batch(batch_size),
-      self.objective.abstract_constants(),
-    )
+    batch, constants = self.objective.abstract_batch(batch_size), self.abstract_constants()
     with self._partitioned():
       return self._step.lower(self.abstract, batch, constants)
 
@@ -370,7 +387,8 @@ class Trainer:
     draw, inputs = self._painter
     count, ways = len(next(iter(batch.values()))), rules_lib.batch_ways(self.mesh, self.rules)
     with self._partitioned():
-      drawn = draw(params, self._put_whole(batch, -(-count // ways) * ways), inputs)
+      whole = self._put_whole(batch, -(-count // ways) * ways)
+      drawn = draw(params, self.constants, whole, inputs)
     return {name: np.asarray(pictures)[:count] for name, pictures in drawn.items()}
 
   @functools.cached_property
@@ -380,8 +398,9 @@ class Trainer:
     if painter is None:
       return None
     draw, inputs = painter
-    shardings = (self.shardings.params, self.batch_sharding, self._replicated)
-    return jax.jit(draw, in_shardings=shardings, out_shardings=self._replicated), inputs
+    shardings = (self.shardings.params, None, self.batch_sharding, self._replicated)
+    with_constants = lambda params, constants, *others: draw(params | constants, *others)
+    return jax.jit(with_constants, in_shardings=shardings, out_shardings=self._replicated), inputs
 
   @contextlib.contextmanager
   def _partitioned(self) -> Iterator[None]:

@@ -71,16 +71,24 @@ class Objective(abc.ABC):
     frozen: parts of the parameters that training doesn't change.
     tokenizer: run or exported model of a trained image tokenizer that the objective uses; None for
       none.
+    lora: what checkpoints say about the adapters that are trained in place of the network
+      (`LoraObjective`), as JSON; None if the network is trained.
   """
 
   model: ModelConfig
   frozen: tuple[str, ...] = ()
   tokenizer: str | None = None
+  lora: dict[str, Any] | None = None
 
   @property
   @abc.abstractmethod
   def name(self) -> str:
     """The objective's name in checkpoints and journals, such as 'generator'."""
+
+  @property
+  def gin_name(self) -> str:
+    """The name in gin of the class that has the attribute `tokenizer`, for messages."""
+    return type(self).__name__
 
   @property
   def batch_dependent_terms(self) -> tuple[str, ...]:
@@ -104,7 +112,7 @@ class Objective(abc.ABC):
     """
     assert self.tokenizer is not None
     return frozen_tokenizer_lib.load_for(
-      f'{type(self).__name__}.tokenizer', self.tokenizer, 'set it to None to do without'
+      f'{self.gin_name}.tokenizer', self.tokenizer, 'set it to None to do without'
     )
 
   @functools.cached_property
@@ -228,10 +236,11 @@ class Objective(abc.ABC):
   def constants(self) -> dict[str, Any]:
     """Reads arrays that are neither trained nor in checkpoints, such as the network of LPIPS.
 
-    `loss` and `evaluate` get them among the parameters.
+    `loss`, `evaluate` and the function of `painter` get them among the parameters.
 
     Returns:
-      {name: tree of arrays}. The names must differ from those of the parts of the parameters.
+      {name: tree of arrays}, which may be lazily read ones. The names must differ from those of the
+      parts of the parameters.
 
     Raises:
       UserError: if one of their files is missing or damaged.
@@ -239,7 +248,10 @@ class Objective(abc.ABC):
     return {}
 
   def abstract_constants(self) -> dict[str, Any]:
-    """Returns shapes and dtypes of `constants`. Plans need it to work without their files."""
+    """Returns shapes and dtypes of `constants`. Plans need it to work without their files.
+
+    Those that are boxed with logical axis names are split over the mesh like parameters.
+    """
     return {}
 
   # A step.
