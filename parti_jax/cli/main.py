@@ -80,7 +80,7 @@ COMMANDS = {
   'evaluate': ('parti_jax.cli.evaluate', 'measure a model and compare it with baselines'),
   'prompts': (
     'parti_jax.cli.prompts',
-    'generate pictures for all prompts of a file such as PartiPrompts.tsv, and show them on a page',
+    'generate pictures for the prompts of PartiPrompts or another benchmark, and show results',
   ),
 }
 

@@ -1,4 +1,7 @@
-"""`parti-jax prompts`: generates and shows pictures for a file such as PartiPrompts.tsv."""
+"""`parti-jax prompts`: generates pictures for the prompts of PartiPrompts or another benchmark.
+
+Those of PartiPrompts are shown on a page; `benchmark_prompts` has the others.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,13 @@ import tqdm
 from PIL import Image
 
 import parti_jax
+from parti_jax.cli import benchmark_prompts
 from parti_jax.cli import sampling_flags
 from parti_jax.core import start_cache
 from parti_jax.core.errors import UserError
 from parti_jax.evaluation import html_page
 from parti_jax.evaluation import output_folder
+from parti_jax.evaluation.benchmarks import registry
 from parti_jax.evaluation.datasets import prompts_file
 from parti_jax.sampling import images as images_lib
 from parti_jax.sampling import sheets
@@ -30,6 +35,8 @@ from parti_jax.sampling import sheets
 # Pictures to generate between two writes; a stopped run loses at most this many.
 _AT_ONCE = 64
 _RESULT_FILE = 'result.json'
+_PARTI_PROMPTS = 'parti_prompts'
+_NUM_IMAGES = 4
 # Maximum prompts on the contact sheet of a category.
 _SHOWN = 120
 
@@ -39,8 +46,26 @@ def add_arguments(parser: argparse.ArgumentParser):
   parser.add_argument(
     'file',
     metavar='FILE',
-    help='PartiPrompts.tsv or a similar file, with the columns Prompt, Category, '
-    'Challenge and Note, separated by tabs',
+    nargs='?',
+    help='PartiPrompts.tsv or a similar file, with the columns Prompt, Category, Challenge and Note, '
+    'separated by tabs; with --format, '
+    + '; '.join(f'{name}: {benchmark.expects}' for name, benchmark in registry.BENCHMARKS.items()),
+  )
+  parser.add_argument(
+    '--format',
+    default=_PARTI_PROMPTS,
+    metavar='NAME',
+    help=f'{_PARTI_PROMPTS} writes a page of the pictures; {", ".join(registry.BENCHMARKS)} write '
+    'the files that the judge of this benchmark reads (default: %(default)s)',
+  )
+  parser.add_argument(
+    '--results',
+    nargs='+',
+    metavar='FORMAT=PATH',
+    help='generate nothing; show the results of judges as one table. '
+    + '; '.join(
+      f'{name}: {benchmark.results_are}' for name, benchmark in registry.BENCHMARKS.items()
+    ),
   )
   parser.add_argument(
     '--model', metavar='PATH', help='an exported model (default: the demo model in the package)'
@@ -53,17 +78,17 @@ def add_arguments(parser: argparse.ArgumentParser):
   )
   parser.add_argument(
     '--output_dir',
-    default='parti_prompts',
     metavar='DIR',
-    help='output folder of index.html, prompts.json, the pictures and contact sheets; give the '
-    'same folder to resume a stopped run (default: %(default)s)',
+    help='output folder; give the same folder to resume a stopped run (default: the name of the '
+    'format, or benchmark_results for --results)',
   )
   parser.add_argument(
     '--num_images',
     type=int,
-    default=4,
-    help='number of pictures for each prompt, best first if the model has a ranker '
-    '(default: %(default)s)',
+    help='number of pictures for each prompt, best first on the page if the model has a ranker '
+    f'(default: {_NUM_IMAGES}, or that of the benchmark: '
+    + ', '.join(f'{name} {found.num_images}' for name, found in registry.BENCHMARKS.items())
+    + ')',
   )
   parser.add_argument(
     '--max_prompts', type=int, metavar='N', help='use only the first N prompts (default: all)'
@@ -81,7 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def run(args: argparse.Namespace) -> int:
-  """Generates the missing pictures, writes the page, and prints the file names.
+  """Generates the missing pictures, writes the page or layout, and prints the file names.
 
   Returns:
     0, the exit status.
@@ -91,6 +116,22 @@ def run(args: argparse.Namespace) -> int:
       holds another run.
   """
   sampling_flags.check_numbers(args, 'num_images', 'batch_size', 'max_prompts')
+  if args.results:
+    if args.file is not None:
+      raise UserError(f'--results generates nothing, so leave out {args.file}')
+    args.output_dir = args.output_dir or 'benchmark_results'
+    return benchmark_prompts.show_results(args)
+  if args.format != _PARTI_PROMPTS and args.format not in registry.BENCHMARKS:
+    raise UserError(
+      f'--format: unknown format {args.format!r}; choose from '
+      f'{", ".join([_PARTI_PROMPTS, *registry.BENCHMARKS])}'
+    )
+  if args.file is None:
+    raise UserError('give the file of prompts, such as PartiPrompts.tsv, or --results')
+  args.output_dir = args.output_dir or args.format
+  if args.format != _PARTI_PROMPTS:
+    return benchmark_prompts.draw(args)
+  args.num_images = args.num_images or _NUM_IMAGES
   sampling = {
     name: value for name, value in sampling_flags.given(args).items() if value is not None
   }

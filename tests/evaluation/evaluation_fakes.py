@@ -1,9 +1,11 @@
 """A small artificial emoji set, and pipelines that generate it well or badly."""
 
 import types
+import warnings
 
 import numpy as np
 
+from parti_jax.core.errors import UserError
 from parti_jax.data.openmoji import Picture
 from parti_jax.exported_model import sampling_settings
 from parti_jax.sampling import text_to_image
@@ -69,6 +71,7 @@ class FakePipeline:
   image_size = SIZE
   codebook_size = 16
   model_name = 'fake'
+  text_length = 1000
 
   def __init__(self, draw, ranker=None):
     self.draw = draw
@@ -104,6 +107,14 @@ class FakePipeline:
       self.model_name,
       **ranked,
     )
+
+  def encode_prompts(self, prompts):
+    """Warns like a model that reads `text_length` characters."""
+    for row, prompt in enumerate(prompts):
+      if not prompt.strip():
+        raise UserError(f'prompt {row + 1} is empty')
+      if len(prompt) > self.text_length:
+        warnings.warn(f'prompt {row + 1} is longer', stacklevel=2)
 
   def reconstruct(self, images):
     return images

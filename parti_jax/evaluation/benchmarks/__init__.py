@@ -1,0 +1,1 @@
+"""Layouts and results of published text-to-image benchmarks, whose judges are other programs."""
