@@ -10,10 +10,13 @@ from typing import Any
 
 from parti_jax.checkpoints import run_checkpoints
 from parti_jax.cli import sampling_flags
+from parti_jax.cli import trained_adapters
 from parti_jax.core import errors
 from parti_jax.core import fingerprints
 from parti_jax.core import storage
+from parti_jax.core import texts
 from parti_jax.data import text_tokenizer
+from parti_jax.exported_model import adapters as adapters_lib
 from parti_jax.exported_model import model_folder
 from parti_jax.exported_model import sampling_settings
 from parti_jax.models import image_tokenizers
@@ -49,6 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser):
   )
   parser.add_argument('--output_dir', required=True, help='the model folder to write')
   parser.add_argument(
+    '--merge',
+    action=argparse.BooleanOptionalAction,
+    default=True,
+    help='add adapters of a run of LoraObjective to their base (default), or write the adapters alone '
+    'to --output_dir, as NETWORK_lora.safetensors for `generate --lora`',
+  )
+  parser.add_argument(
     '--overwrite', action='store_true', help='replace an existing model folder there'
   )
   parser.add_argument(
@@ -67,7 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def run(args: argparse.Namespace) -> int:
-  """Writes the model folder; returns the exit status."""
+  """Writes the model folder, or files of adapters; returns the exit status."""
+  if not args.merge:
+    return _write_adapters(args)
   _check_flags(args)
   base = model_folder.load(args.base) if args.base else None
   sampling = (base.sampling if base else sampling_settings.SamplingSettings()).replace(
@@ -77,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
   provenance = dict(base.provenance) if base else {}
   for name in _RUNS:
     if getattr(args, name):
-      parts[name] = _part(name, getattr(args, name), provenance)
+      parts[name] = _part(name, getattr(args, name), provenance, base)
   made_with = {name: part.made_with for name, part in parts.items()}
   if base:
     made_with |= _made_with_base(base, [name for name in parts if not getattr(args, name)])
@@ -150,14 +162,46 @@ def _text_encoder_origin(folder: str, made_with: Mapping[str, str]) -> dict[str,
   return origin if found and found == made_with.get('text_encoder') else {}
 
 
-def _part(name: str, folder, provenance: dict[str, Any]) -> model_folder.Part:
+def _write_adapters(args: argparse.Namespace) -> int:
+  """Writes the adapters of runs of LoraObjective to files; returns the exit status."""
+  found = {}
+  for name in _RUNS:
+    if not (run := getattr(args, name)):
+      continue
+    path = None
+    if not storage.exists(storage.join(run, model_folder.CONFIG_FILE)):
+      path = run_checkpoints.latest_checkpoint(run)
+    described = {} if path is None else run_checkpoints.read_model(path)
+    if 'lora' not in described:
+      raise errors.UserError(
+        f'--{name}={run} has no adapters; --no-merge takes runs of LoraObjective only'
+      )
+    file = storage.join(args.output_dir, f'{name}_lora.safetensors')
+    if storage.exists(file) and not args.overwrite:
+      raise errors.UserError(f'{file} exists; choose another --output_dir, or give --overwrite')
+    found[file] = trained_adapters.read(name, path, described)
+  if not found:
+    raise errors.UserError('--no-merge: give a run of LoraObjective, such as --generator=RUN')
+  for file, adapters in found.items():
+    adapters_lib.write(file, adapters)
+    count = texts.short_count(adapters_lib.count(adapters.params))
+    print(
+      f'{file}: {count} parameters of rank {adapters.settings.rank}, {storage.size(file) / 1e6:.2f} MB, '
+      f'for the base {adapters.base}'
+    )
+  return 0
+
+
+def _part(
+  name: str, folder, provenance: dict[str, Any], base: model_folder.Model | None
+) -> model_folder.Part:
   """Reads a network of a run, or of a folder that `save` or `save_part` wrote; notes its origin."""
   if storage.exists(storage.join(folder, model_folder.CONFIG_FILE)):
     part, origin = _of_folder(name, folder), model_folder.part_provenance(name, folder)
   else:
-    part, steps = _trained(name, folder)
-    origin = {f'{name}_steps': steps}
-  for key in (name, f'{name}_steps'):  # Of the base's network, which this one replaces.
+    part, origin = _trained(name, folder, base)
+  # Of the base's network, which this one replaces.
+  for key in (name, f'{name}_steps', f'{name}_lora'):
     if key not in origin:
       provenance.pop(key, None)
   provenance |= origin
@@ -176,15 +220,37 @@ def _of_folder(name: str, folder) -> model_folder.Part:
   return part._replace(made_with=kept | part.made_with)
 
 
-def _trained(name: str, model_dir) -> tuple[model_folder.Part, int]:
-  """Reads a network from a run's newest checkpoint; returns it and its training steps."""
+def _trained(
+  name: str, model_dir, base: model_folder.Model | None
+) -> tuple[model_folder.Part, dict[str, Any]]:
+  """Reads a network from a run's newest checkpoint; returns it and its origin."""
   network = model_folder.NETWORKS[name]
   path = run_checkpoints.latest_checkpoint(model_dir)
+  described = run_checkpoints.read_model(path)
+  if 'lora' in described:
+    return _adapted(name, model_dir, path, described, base)
   config = run_checkpoints.read_config(path, name)
   params = run_checkpoints.read_params(path, network.module(config), network.example_inputs(config))
   if averaged := sorted(run_checkpoints.averaged_parts(path, params)):
     print(f'--{name}={model_dir}: taking the moving average of {", ".join(averaged)}')
-  return model_folder.Part(config, params, _made_with(name, model_dir, path)), int(path.name)
+  part = model_folder.Part(config, params, _made_with(name, model_dir, path))
+  return part, {f'{name}_steps': int(path.name)}
+
+
+def _adapted(
+  name: str, model_dir, path, described: Mapping[str, Any], base: model_folder.Model | None
+) -> tuple[model_folder.Part, dict[str, Any]]:
+  """Reads the adapters of a checkpoint; returns their base with them, and its origin."""
+  found = trained_adapters.read(name, path, described)
+  run, recorded = f'--{name}={model_dir}', described['lora']['base']
+  part, origin = trained_adapters.base_of(found, run, recorded, base)
+  merged = adapters_lib.merged(part, found)
+  settings = found.settings._asdict() | {'base': found.base, 'steps': found.steps}
+  print(f'{run}: adding its adapters of rank {found.settings.rank} to the base {found.base}')
+  return (
+    merged._replace(made_with=_made_with(name, model_dir, path)),
+    origin | {f'{name}_lora': settings},
+  )
 
 
 def _made_with(name: str, model_dir, path) -> dict[str, str]:

@@ -34,6 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser):
     '--model', metavar='PATH', help='an exported model (default: the demo model in the package)'
   )
   parser.add_argument(
+    '--lora',
+    action='append',
+    default=[],
+    metavar='FILE[:FACTOR]',
+    help='adapters to add to the model that they were trained on, as `parti-jax export --no-merge` '
+    'writes them; may be given several times',
+  )
+  parser.add_argument(
     '--output_dir',
     default=DEFAULT_OUTPUT_DIR,
     metavar='DIR',
@@ -102,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
     args.model,
     ranker=args.ranker,
     upscaler=args.upscaler,
+    lora=args.lora,
     **sampling_flags.given_precision(args),
   )
   garbage.resume()

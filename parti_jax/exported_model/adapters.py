@@ -186,44 +186,48 @@ def check_base(name: str, base: str, params: Mapping[str, Any], where: str) -> N
 
 
 def with_adapters(
-  model: model_folder.Model, given: Sequence[str], where: str
-) -> model_folder.Model:
-  """Returns a model with adapters added to its networks.
+  model: model_folder.Model, given: Sequence[str] | str, name: str
+) -> tuple[model_folder.Model, str]:
+  """Returns a model with adapters added to its networks, and a name that says so.
 
   Args:
     model: the model.
-    given: files of adapters, each with ':' and a factor after it or not, such as
+    given: a file of adapters, or several, with ':' and a factor after it or not, such as
       'pets.safetensors:0.5'. Several files for one network add up.
-    where: name of the model, for messages.
+    name: name of the model.
 
   Raises:
     UserError: if a file is missing or damaged, has adapters of a network that the model lacks, or
       was trained on other parameters.
   """
+  files = [given] if isinstance(given, str) else list(given)
   changed: dict[str, model_folder.Part] = {}
-  for text in given:
+  for text in files:
     file, strength = parsed(text)
     found = read(file)
     networks = model.networks if found.network in model_folder.REQUIRED else model.parts
     if found.network not in networks:
       raise UserError(
-        f'{file} has adapters of a {found.network}, which {where} does not have; give the model '
+        f'{file} has adapters of a {found.network}, which {name} does not have; give the model '
         'that they were trained on'
       )
     part = networks[found.network]
-    check_base(file, found.base, part.params, f'the {found.network} of {where}')
+    check_base(file, found.base, part.params, f'the {found.network} of {name}')
     known = projections(found.network, part.config)
     check(found, known, file)
     now = changed.get(found.network, part)
     params = adapted(now.params, found, known, strength)
     changed[found.network] = now._replace(params=params)
   required = {
-    f'{name}_params': changed[name].params for name in model_folder.REQUIRED if name in changed
+    f'{network}_params': changed[network].params
+    for network in model_folder.REQUIRED
+    if network in changed
   }
   parts = model_folder.LazyParts(
-    model.parts, lambda name: changed[name] if name in changed else model.parts[name]
+    model.parts, lambda network: changed.get(network) or model.parts[network]
   )
-  return dataclasses.replace(model, parts=parts, **required)
+  shown = ' + '.join([name, *map(storage.name, files)])
+  return (dataclasses.replace(model, parts=parts, **required) if files else model), shown
 
 
 def parsed(text: str) -> tuple[str, float]:

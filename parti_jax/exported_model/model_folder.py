@@ -525,7 +525,11 @@ def load_ranker(folder) -> Part:
 def part_provenance(name: str, folder) -> dict[str, Any]:
   """Returns what config.json says about the origin of a network in a folder."""
   where = _local(folder, [CONFIG_FILE]) / CONFIG_FILE
-  found = model_config.provenance(model_config.read(where), where)
+  return provenance_of(name, model_config.provenance(model_config.read(where), where))
+
+
+def provenance_of(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the entries about a network in what config.json says about origins."""
   return {key: value for key, value in found.items() if key == name or key.startswith(f'{name}_')}
 
 

@@ -22,6 +22,7 @@ from parti_jax.core import checks
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
 from parti_jax.data import text_tokenizer
+from parti_jax.exported_model import adapters
 from parti_jax.exported_model import model_folder
 from parti_jax.exported_model import sampling_settings
 from parti_jax.models import generators
@@ -565,6 +566,7 @@ def load(
   weights: str = 'float',
   cache: str = 'float',
   upscaler=None,
+  lora: Sequence[str] | str = (),
 ) -> TextToImage:
   """Loads a model.
 
@@ -580,17 +582,20 @@ def load(
       the decoder's computation; 'int8' rounds them to 8 bits.
     upscaler: folder of a super-resolution network to use instead of the model's own, as a path or a
       URL: a folder that `parti-jax import super_resolution` wrote, or a model folder.
+    lora: file of adapters to add to the model that they were trained on, or several files, as paths
+      or URLs; ':' and a factor may follow, such as 'pets.safetensors:0.5'.
 
   Raises:
-    UserError: if a folder is missing, unfinished, damaged, or not a model folder, or if `weights`
-      or `cache` is unknown.
+    UserError: if a folder or file is missing, unfinished, damaged, or not what it should be, if
+      adapters belong to another model, or if `weights` or `cache` is unknown.
   """
   sampling_settings.check_weights(weights)
   sampling_settings.check_cache(cache)
   path = None if path is None else checks.text('path', path)
   if path is not None and storage.is_url(path):
-    name = storage.name(path)
-    return TextToImage(model_folder.load(path), name, mesh, rules, ranker, weights, cache, upscaler)
+    model, name = model_folder.load(path), storage.name(path)
+    model, name = adapters.with_adapters(model, lora, name)
+    return TextToImage(model, name, mesh, rules, ranker, weights, cache, upscaler)
   folder = pathlib.Path(DEMO_FOLDER if path is None else path)
   if (folder / 'checkpoints').is_dir() and not (folder / model_folder.CONFIG_FILE).exists():
     raise UserError(
@@ -598,7 +603,8 @@ def load(
       'from them'
     )
   name = 'demo' if path is None else os.path.basename(os.path.abspath(folder))
-  return TextToImage(model_folder.load(folder), name, mesh, rules, ranker, weights, cache, upscaler)
+  model, name = adapters.with_adapters(model_folder.load(folder), lora, name)
+  return TextToImage(model, name, mesh, rules, ranker, weights, cache, upscaler)
 
 
 def _memory() -> float:
