@@ -25,6 +25,7 @@ from parti_jax.core.errors import UserError
 
 # gin names in parti_jax.data; tests/core/test_gin_config.py checks that the list is complete.
 DATA_NAMES = (
+  'classes',
   'data',
   'decode_images',
   'drop_text',

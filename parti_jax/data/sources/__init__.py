@@ -1,4 +1,4 @@
-"""Sources of captioned pictures: OpenMoji, the user's folders, TFRecords, tar shards and others.
+"""Sources of captioned pictures: OpenMoji, the user's folders, classes, TFRecords, tar shards, others.
 
 `configured(name)` returns a source with gin's current configuration:
 
@@ -16,6 +16,7 @@ import gin
 
 from parti_jax.core.errors import UserError
 from parti_jax.data.sources import base
+from parti_jax.data.sources import classes
 from parti_jax.data.sources import folder
 from parti_jax.data.sources import hf_datasets
 from parti_jax.data.sources import openmoji
@@ -31,6 +32,7 @@ _SOURCES = {
   'openmoji_scenes': openmoji_scenes.configured,
   'openmoji': openmoji.configured,
   'folder': folder.configured,
+  'classes': classes.configured,
   'tfrecord': tfrecord.configured,
   'webdataset': webdataset.configured,
   'parquet': parquet.configured,
