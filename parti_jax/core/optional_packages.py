@@ -10,6 +10,7 @@ EXTRAS = {
   'array_record': 'data',
   'datasets': 'hf',
   'emoji': 'data',
+  'ftfy': 'dalle_mini',
   'gcsfs': 'gcs',
   'google_crc32c': 'data',
   'grain': 'data',
@@ -29,6 +30,7 @@ EXTRAS = {
   'tokenizers': 'tokenizers',
   'torch': 'lpips',
   'torch_fidelity': 'fidelity',
+  'unidecode': 'dalle_mini',
 }
 
 

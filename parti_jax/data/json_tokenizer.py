@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from parti_jax.core import checks
 from parti_jax.core import fingerprints
 from parti_jax.core.errors import UserError
+from parti_jax.data import dalle_mini_texts
 from parti_jax.data import text_tokenizer
+
+# An entry that `tokenizers` doesn't know: a name in `dalle_mini_texts.NORMALIZERS`.
+NORMALIZER = 'parti_jax_normalizer'
 
 
 class JsonTokenizer:
   """Converts texts to token ids as a tokenizer.json defines.
 
   The special ids around a text are those of its post-processor. Its own settings of truncation
-  and padding are not used: `encode` gets the length, and padding is 0.
+  and padding are not used: `encode` gets the length, and padding is 0. With an entry NORMALIZER, texts
+  are changed as that says before all else, and special tokens in a text are characters.
   """
 
   def __init__(self, path: str | os.PathLike[str]):
@@ -34,14 +42,36 @@ class JsonTokenizer:
 
     self.path = os.fspath(path)
     content = text_tokenizer.read_file(path)
+    self._normalize, known = self._split(content)
     try:
-      self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+      self._tokenizer = tokenizers.Tokenizer.from_buffer(known)
     except Exception as error:  # The library raises plain exceptions.
       raise UserError(f'{self.path} is not a tokenizer.json: {error}') from error
+    if self._normalize is not None:
+      self._tokenizer.encode_special_tokens = True
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
     self._special = self._with_special(self._tokenizer.encode('', add_special_tokens=False)).ids
     self.fingerprint = fingerprints.of_vocabulary(content)
+
+  def _split(self, content: bytes) -> tuple[Callable[[str], str] | None, bytes]:
+    """Returns what the entry NORMALIZER says, and the rest, which `tokenizers` knows."""
+    if NORMALIZER.encode() not in content:
+      return None, content
+    try:
+      found = json.loads(content)
+      name = found.pop(NORMALIZER, None)
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+      raise UserError(f'{self.path} is not a tokenizer.json: {error}') from error
+    if name is None:  # It is a word of the vocabulary.
+      return None, content
+    if not isinstance(name, str) or name not in dalle_mini_texts.NORMALIZERS:
+      raise UserError(
+        f'{self.path}: {NORMALIZER} is {checks.shown_as_json(name)}, not one of '
+        f'{", ".join(dalle_mini_texts.NORMALIZERS)}'
+      )
+    rest = json.dumps(found, ensure_ascii=False).encode()
+    return dalle_mini_texts.NORMALIZERS[name], rest
 
   @property
   def size(self) -> int:
@@ -58,6 +88,7 @@ class JsonTokenizer:
     special = self._tokenizer.num_special_tokens_to_add(is_pair=False)
     if length < max(special, 1):
       raise UserError(f'{length} text tokens leave no place for the {special} special ones')
+    text = text if self._normalize is None else self._normalize(text)
     whole = self._tokenizer.encode(text, add_special_tokens=False)
     kept = min(len(whole.ids), length - special)
     cut = text[whole.offsets[kept][0] :] if kept < len(whole.ids) else ''

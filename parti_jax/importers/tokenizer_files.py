@@ -1,4 +1,4 @@
-"""Makes one tokenizer.json of the published files of CLIP's and SigLIP 2's tokenizers.
+"""Makes one tokenizer.json of the published files of CLIP's, SigLIP 2's and BART's tokenizers.
 
 `parti_jax.data.json_tokenizer.JsonTokenizer` reads it. It contains the whole tokenizer, including
 lower-casing and the ids at both ends of a text, some of which the published files leave to the code
@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from parti_jax.core.errors import UserError
+from parti_jax.data import json_tokenizer
 from parti_jax.data import text_tokenizer
 
 _CLIP_START = '<|startoftext|>'
@@ -22,6 +23,15 @@ _CLIP_WORDS = (
   r'<\|startoftext\|>|<\|endoftext\|>'
   r"|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
+# The text of byte pairs.
+_BYTE_DECODER = {
+  'type': 'ByteLevel',
+  'add_prefix_space': True,
+  'trim_offsets': True,
+  'use_regex': True,
+}
+# The special tokens of BART and their ids; 0 and 2 are around a text.
+_BART_SPECIAL = {'<s>': 0, '<pad>': 1, '</s>': 2, '<unk>': 3}
 
 
 def of_clip(given: str) -> bytes:
@@ -35,20 +45,7 @@ def of_clip(given: str) -> bytes:
   Raises:
     UserError: if files are missing or damaged, or are not CLIP's.
   """
-  path = pathlib.Path(given)
-  whole = path / 'tokenizer.json' if path.is_dir() else path
-  if (path / 'vocab.json').is_file() and (path / 'merges.txt').is_file():
-    vocabulary = _json(path / 'vocab.json')
-    lines = _text(path / 'merges.txt').splitlines()
-    merges = [line.split() for line in lines if line.strip() and not line.startswith('#version')]
-    where = path / 'vocab.json'
-  elif whole.is_file():
-    where = whole
-    model = _part(_json(where), 'model', where)
-    vocabulary, merges = _part(model, 'vocab', where), model.get('merges', [])
-  else:
-    wanted = 'has neither vocab.json and merges.txt, nor tokenizer.json'
-    raise UserError(f'{given} {wanted if path.is_dir() else "does not exist"}')
+  vocabulary, merges, where = _byte_pairs(given)
   ends = [vocabulary.get(token) for token in (_CLIP_START, _CLIP_END)]
   if not all(type(end) is int for end in ends):
     raise UserError(f"{where} isn't CLIP's vocabulary: it has no {_CLIP_START} and {_CLIP_END}")
@@ -57,18 +54,7 @@ def of_clip(given: str) -> bytes:
       'version': '1.0',
       'truncation': None,
       'padding': None,
-      'added_tokens': [
-        {
-          'id': number,
-          'content': token,
-          'single_word': False,
-          'lstrip': False,
-          'rstrip': False,
-          'normalized': False,
-          'special': True,
-        }
-        for token, number in zip((_CLIP_START, _CLIP_END), ends)
-      ],
+      'added_tokens': [_special(*pair) for pair in zip((_CLIP_START, _CLIP_END), ends)],
       'normalizer': {
         'type': 'Sequence',
         'normalizers': [
@@ -101,18 +87,77 @@ def of_clip(given: str) -> bytes:
         'trim_offsets': False,
         'add_prefix_space': False,
       },
-      'decoder': {
-        'type': 'ByteLevel',
-        'add_prefix_space': True,
-        'trim_offsets': True,
-        'use_regex': True,
-      },
+      'decoder': _BYTE_DECODER,
       'model': {
         'type': 'BPE',
         'dropout': None,
         'unk_token': _CLIP_END,
         'continuing_subword_prefix': '',
         'end_of_word_suffix': '</w>',
+        'fuse_unk': False,
+        'byte_fallback': False,
+        'ignore_merges': False,
+        'vocab': vocabulary,
+        'merges': merges,
+      },
+    }
+  )
+
+
+def of_dalle_mini(given: str, normalizer: str) -> bytes:
+  """Returns the tokenizer.json of DALL·E mini's byte pairs, which are those of BART.
+
+  Args:
+    given: a tokenizer.json, or a folder with it or with `vocab.json` and `merges.txt`.
+    normalizer: a name in `dalle_mini_texts.NORMALIZERS`. min-dalle's byte pairs also see other words:
+      whatever spaces separate, with its punctuation.
+
+  Raises:
+    UserError: if files are missing or damaged, or are not of BART.
+  """
+  vocabulary, merges, where = _byte_pairs(given)
+  if {token: vocabulary.get(token) for token in _BART_SPECIAL} != _BART_SPECIAL:
+    raise UserError(
+      f"{where} isn't DALL·E mini's vocabulary: the ids of {', '.join(_BART_SPECIAL)} are not "
+      f'{", ".join(map(str, _BART_SPECIAL.values()))}'
+    )
+  if normalizer == 'min_dalle':
+    normalizers = [
+      {'type': 'Replace', 'pattern': {'Regex': r'\A +| +\z'}, 'content': ''},
+      {'type': 'Replace', 'pattern': {'Regex': ' +'}, 'content': ' '},
+    ]
+    words = {'type': 'Metaspace', 'replacement': 'Ġ', 'prepend_scheme': 'always', 'split': True}
+  else:
+    normalizers = []
+    words = {
+      'type': 'ByteLevel',
+      'add_prefix_space': False,
+      'trim_offsets': False,
+      'use_regex': True,
+    }
+  return _dumps(
+    {
+      json_tokenizer.NORMALIZER: normalizer,
+      'version': '1.0',
+      'truncation': None,
+      'padding': None,
+      'added_tokens': [_special(*pair) for pair in _BART_SPECIAL.items()],
+      'normalizer': {'type': 'Sequence', 'normalizers': normalizers},
+      'pre_tokenizer': words,
+      'post_processor': {
+        'type': 'RobertaProcessing',
+        'sep': ['</s>', _BART_SPECIAL['</s>']],
+        'cls': ['<s>', _BART_SPECIAL['<s>']],
+        'trim_offsets': False,
+        'add_prefix_space': False,
+      },
+      'decoder': _BYTE_DECODER,
+      'model': {
+        'type': 'BPE',
+        'dropout': None,
+        'unk_token': '<unk>',
+        'continuing_subword_prefix': '',
+        'end_of_word_suffix': '',
         'fuse_unk': False,
         'byte_fallback': False,
         'ignore_merges': False,
@@ -161,6 +206,38 @@ def of_siglip_2(path: str) -> bytes:
       },
     }
   )
+
+
+def _special(token: str, number: int) -> dict[str, Any]:
+  """Returns the entry of a special token."""
+  return {
+    'id': number,
+    'content': token,
+    'single_word': False,
+    'lstrip': False,
+    'rstrip': False,
+    'normalized': False,
+    'special': True,
+  }
+
+
+def _byte_pairs(given: str) -> tuple[Mapping[str, Any], Any, pathlib.Path]:
+  """Returns the vocabulary and the merges of byte pairs, and the file that has the vocabulary.
+
+  Args:
+    given: a tokenizer.json, or a folder with it or with `vocab.json` and `merges.txt`.
+  """
+  path = pathlib.Path(given)
+  whole = path / 'tokenizer.json' if path.is_dir() else path
+  if (path / 'vocab.json').is_file() and (path / 'merges.txt').is_file():
+    lines = _text(path / 'merges.txt').splitlines()
+    merges = [line.split() for line in lines if line.strip() and not line.startswith('#version')]
+    return _json(path / 'vocab.json'), merges, path / 'vocab.json'
+  if whole.is_file():
+    model = _part(_json(whole), 'model', whole)
+    return _part(model, 'vocab', whole), model.get('merges', []), whole
+  wanted = 'has neither vocab.json and merges.txt, nor tokenizer.json'
+  raise UserError(f'{given} {wanted if path.is_dir() else "does not exist"}')
 
 
 def _text(path: pathlib.Path) -> str:

@@ -1,4 +1,4 @@
-"""Token ids against transformers and open_clip: CLIP's byte pairs, and SigLIP 2's pieces."""
+"""Token ids against transformers, open_clip and min-dalle: byte pairs, and SigLIP 2's pieces."""
 
 import gzip
 import json
@@ -131,3 +131,62 @@ def test_siglip_2(tmp_path):
   again = _opened(tmp_path / 'again.json', tokenizer_files.of_siglip_2(str(tmp_path / 'saved')))
   for text in _strings():
     np.testing.assert_array_equal(again.encode(text, 64)[0], ours.encode(text, 64)[0])
+
+
+@pytest.fixture(scope='module', name='bart_folder')
+def fixture_bart_folder(tmp_path_factory):
+  """Byte pairs of BART's kind, trained on a few words."""
+  trained = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token='<unk>'))
+  trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+  trainer = tokenizers.trainers.BpeTrainer(
+    vocab_size=700,
+    special_tokens=['<s>', '<pad>', '</s>', '<unk>', '<mask>'],
+    initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    show_progress=False,
+  )
+  words = ' '.join([*_WORDS, 'smiling face with cat eyes_red heart']).lower()
+  trained.train_from_iterator([words] * 3, trainer)
+  folder = tmp_path_factory.mktemp('bart')
+  trained.model.save(str(folder))
+  return folder
+
+
+def test_dalle_mini_of_min_dalle(tmp_path, bart_folder):
+  min_dalle = pytest.importorskip('min_dalle.text_tokenizer')
+  vocabulary = json.loads((bart_folder / 'vocab.json').read_text())
+  merges = (bart_folder / 'merges.txt').read_text().split('\n')[1:-1]
+  theirs = min_dalle.TextTokenizer(vocabulary, merges)
+  content = tokenizer_files.of_dalle_mini(str(bart_folder), 'min_dalle')
+  ours = _opened(tmp_path / 'made.json', content)
+  assert ours.size == len(vocabulary) > 350
+  unknown = cut = 0
+  for text in [*_strings(), 'a <s>cat</s> and\ta dog', 'I ❤️ 😺', '  Two  spaces ', 'Ġ ġ']:
+    expected = theirs.tokenize(text)
+    ids, rest = ours.encode(text, max(len(expected), 2))
+    assert ids.tolist() == expected, text
+    assert not rest
+    unknown += vocabulary['<unk>'] in expected
+    # Unlike min-dalle, we keep the end of a text that is cut.
+    short, rest = ours.encode(text, 16)
+    if len(expected) > 16:
+      cut += 1
+      assert rest
+      assert short.tolist() == [*expected[:15], 2]
+  assert unknown > 3
+  assert cut > 50
+
+
+def test_dalle_mini_of_transformers(tmp_path, bart_folder):
+  """The byte pairs that dalle-mini uses, on texts as its own normalizer leaves them."""
+  theirs = transformers.BartTokenizer.from_pretrained(bart_folder)
+  content = json.loads(tokenizer_files.of_dalle_mini(str(bart_folder), 'dalle_mini'))
+  del content[json_tokenizer.NORMALIZER]  # Its packages may be missing.
+  ours = _opened(tmp_path / 'made.json', json.dumps(content).encode())
+  cut = 0
+  for text in _strings():
+    text = f' {text.encode("ascii", "ignore").decode().lower()}'
+    ids, rest = ours.encode(text, 64)
+    expected = theirs(text, truncation=True, max_length=64)['input_ids']
+    assert ids[: len(expected)].tolist() == expected and not ids[len(expected) :].any()
+    cut += bool(rest)
+  assert cut > 10
