@@ -7,7 +7,7 @@ import flax.traverse_util
 import numpy as np
 
 CODES = 11
-GRID = (3, 4)
+GRID = (4, 4)
 SETTINGS = {
   'model_type': 'dallebart',
   'activation_function': 'gelu',

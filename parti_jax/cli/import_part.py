@@ -1,26 +1,23 @@
-"""`parti-jax import`: turns public weights of a part into a folder that all commands can use."""
+"""`parti-jax import`: turns public weights into a folder that all commands can use."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 import os
 import pathlib
 import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-import flax.traverse_util
 import tqdm
 
 from parti_jax.cli import importable_parts
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
+from parti_jax.data import dalle_mini_texts
 from parti_jax.data import text_tokenizer
 from parti_jax.exported_model import model_folder
-from parti_jax.exported_model import parameter_files
-from parti_jax.importers import key_map
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -72,12 +69,13 @@ def add_arguments(parser: argparse.ArgumentParser):
     metavar=('BLACK', 'WHITE'),
     help="what black and white are to the network (default: the format's)",
   )
-  ranker = parser.add_argument_group('ranker and text encoder')
+  ranker = parser.add_argument_group('generator, ranker and text encoder')
   ranker.add_argument(
     '--vocabulary',
     metavar='FILE',
     help="the network's text tokenizer: CLIP's tokenizer.json or a folder with its vocab.json and "
-    "merges.txt; for siglip2 its tokenizer.json or Gemma's tokenizer.model; for t5 its spiece.model",
+    "merges.txt; for siglip2 its tokenizer.json or Gemma's tokenizer.model; for t5 its spiece.model; "
+    'for dalle-mini as for CLIP (default: the folder of the weights)',
   )
   ranker.add_argument(
     '--config',
@@ -102,6 +100,27 @@ def add_arguments(parser: argparse.ArgumentParser):
     metavar='TOKENS',
     help='maximum number of text tokens of a T5 (default: 128)',
   )
+  generator = parser.add_argument_group('generator')
+  generator.add_argument(
+    '--tokenizer',
+    metavar='PATH',
+    help='its image tokenizer: a folder that `parti-jax import tokenizer` or `export` wrote, or weights '
+    'of the same --format',
+  )
+  generator.add_argument(
+    '--text_normalizer',
+    choices=tuple(dalle_mini_texts.NORMALIZERS),
+    help='what is done to the texts of dalle-mini: min_dalle keeps lower-case ASCII; dalle_mini also '
+    'makes commas of all punctuation, as in training, and needs the extra dalle_mini '
+    f'(default: {importable_parts.TEXT_NORMALIZER})',
+  )
+  generator.add_argument(
+    '--start_token',
+    type=int,
+    metavar='ROW',
+    help="the row of dalle-mini's table of image tokens that is the first input (default: "
+    'decoder_start_token_id of the config)',
+  )
   upscaler = parser.add_argument_group('super-resolution')
   upscaler.add_argument(
     '--interpolate_with',
@@ -121,51 +140,65 @@ def add_arguments(parser: argparse.ArgumentParser):
 def run(args: argparse.Namespace) -> int:
   """Writes the folder; returns the exit status."""
   found = importable_parts.find(args)
-  model_folder.check_target(args.output_dir, args.overwrite, args.part)
+  whole = args.part == 'generator'
+  model_folder.check_target(args.output_dir, args.overwrite, None if whole else args.part)
   given = importable_parts.open_files(args, found)
-  config = found.config_of(given)
-  how = found.preprocessing(given, config)
-  sources = found.key_map(given, config)
-  expected = parameter_files.shapes(model_folder.abstract(args.part, config))
-  key_map.check(sources, given.arrays, expected, ', '.join(args.files), tuple(found.ignored(given)))
+  network = importable_parts.opened(args.part, found, given)
+  config = network.config
   with contextlib.ExitStack() as stack:
-    path, lower_case = stack.enter_context(_text_tokenizer(found, config, args.vocabulary))
+    path, lower_case = stack.enter_context(_text_tokenizer(found, config, args.vocabulary, given))
     bar = stack.enter_context(
-      tqdm.tqdm(desc='converting', total=len(sources), unit='array', disable=None)
+      tqdm.tqdm(desc='converting', total=len(network.sources), unit='array', disable=None)
     )
-    # Each is read when it is written, so that memory holds one at a time.
-    params = key_map.convert(sources, given.arrays, bar.update)
-    tree = flax.traverse_util.unflatten_dict(params, sep='/')
-    folder = model_folder.save_part(
-      args.output_dir,
-      args.part,
-      model_folder.Part(
-        config, tree, vocabulary_path=path, preprocessing=how, lower_case=lower_case
-      ),
-      {args.part: _origin(args, given)},
-      dtype=args.dtype,
-      overwrite=args.overwrite,
-    )
-  part = importable_parts.PARTS[args.part]
-  count = sum(math.prod(shape) for shape in expected.values())
-  print(f'{folder}: {part.described(config, count)}; use it as {part.use.format(folder)}')
+    params = network.params(bar.update)
+    origin = {args.part: _origin(args, given) | dict(found.origin(given, config))}
+    if whole:
+      tokenizer = given.image_tokenizer
+      assert tokenizer is not None
+      folder = model_folder.save(
+        args.output_dir,
+        generator_config=config,
+        generator_params=params,
+        tokenizer_config=tokenizer.config,
+        tokenizer_params=tokenizer.params,
+        vocabulary_path=path,
+        sampling=found.sampling,
+        provenance=origin | tokenizer.origin,
+        dtype=args.dtype,
+        overwrite=args.overwrite,
+      )
+    else:
+      how = found.preprocessing(given, config)
+      part = model_folder.Part(
+        config, params, vocabulary_path=path, preprocessing=how, lower_case=lower_case
+      )
+      folder = model_folder.save_part(
+        args.output_dir, args.part, part, origin, dtype=args.dtype, overwrite=args.overwrite
+      )
+  kind = importable_parts.PARTS[args.part]
+  print(f'{folder}: {kind.described(config, network.count)}; use it as {kind.use.format(folder)}')
   return 0
 
 
 @contextlib.contextmanager
 def _text_tokenizer(
-  found: importable_parts.Format, config: Any, given: str | None
+  found: importable_parts.Format,
+  config: Any,
+  vocabulary: str | None,
+  given: importable_parts.Given,
 ) -> Iterator[tuple[pathlib.Path | None, bool]]:
   """Checks the text tokenizer that is given, and yields its file to store, and `Part.lower_case`.
 
   The path is None if the network has no text tokenizer.
   """
-  if found.tokenizer is None or given is None:
+  if found.tokenizer is not None and found.tokenizer.beside and vocabulary is None:
+    vocabulary = os.path.dirname(os.path.abspath(given.weights.files[0]))
+  if found.tokenizer is None or vocabulary is None:
     yield None, False
     return
-  storage.check_local(given)
+  storage.check_local(vocabulary)
   try:
-    content, lower_case = found.tokenizer.read(given)
+    content, lower_case = found.tokenizer.read(vocabulary, given)
   except UserError as error:
     raise UserError(f'--vocabulary: {error}; give {found.tokenizer.files}') from error
   with tempfile.TemporaryDirectory(prefix='parti_jax_import_') as folder:
@@ -174,19 +207,13 @@ def _text_tokenizer(
     try:
       found.tokenizer.check(text_tokenizer.open_tokenizer(path, lower_case), config)
     except UserError as error:
-      raise UserError(str(error).replace(str(path), given)) from error
+      raise UserError(str(error).replace(str(path), vocabulary)) from error
     yield path, lower_case
 
 
 def _origin(args: argparse.Namespace, given: importable_parts.Given) -> dict[str, Any]:
   """Returns what the folder keeps about the origin of the weights."""
-  origin = {
-    'source': args.source,
-    'licence': args.licence,
-    'format': args.format,
-    'files': [os.path.basename(file) for file in given.weights.files],
-    'sha256': given.weights.digest(),
-  }
+  origin = {'source': args.source, 'licence': args.licence} | importable_parts.origin_of(given)
   if args.interpolate_with is not None:
     strength = args.denoise_strength
     origin['denoise_strength'] = importable_parts.DENOISE_STRENGTH if strength is None else strength

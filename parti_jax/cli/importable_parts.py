@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -16,13 +17,19 @@ from collections.abc import Mapping
 from typing import Any
 from typing import NamedTuple
 
+import flax.traverse_util
+
 from parti_jax.core import checks
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
 from parti_jax.data import text_tokenizer
 from parti_jax.data import vocabulary
+from parti_jax.exported_model import model_folder
+from parti_jax.exported_model import parameter_files
 from parti_jax.exported_model import preprocessing
+from parti_jax.exported_model import sampling_settings
 from parti_jax.importers import clip
+from parti_jax.importers import dalle_mini
 from parti_jax.importers import enhancing_vit_vqgan
 from parti_jax.importers import files
 from parti_jax.importers import key_map
@@ -31,6 +38,7 @@ from parti_jax.importers import siglip
 from parti_jax.importers import t5
 from parti_jax.importers import tokenizer_files
 from parti_jax.importers import vqgan
+from parti_jax.models import generators
 from parti_jax.models import text_encoders
 from parti_jax.sampling import ranking
 
@@ -45,13 +53,18 @@ FLAGS = (
   'text_length',
   'interpolate_with',
   'denoise_strength',
+  'tokenizer',
+  'text_normalizer',
+  'start_token',
 )
 # Share of the first file in an interpolation; the default of Real-ESRGAN's script.
 DENOISE_STRENGTH = 0.5
 # Id of the unknown piece in Gemma's SentencePiece model; in other models it is 2.
 _GEMMA_UNKNOWN = 3
-# Rows of T5's tables of pieces beyond their vocabularies.
-_T5_SPARE_ROWS = 128
+# Rows of T5's and DALL·E mini's tables of pieces beyond their vocabularies.
+_T5_SPARE_ROWS = _DALLE_MINI_SPARE_ROWS = 128
+# What is done to DALL·E mini's texts unless --text_normalizer says otherwise.
+TEXT_NORMALIZER = 'min_dalle'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +77,7 @@ class Given:
     flags: {name in FLAGS: its value, or None}.
     config: content of the weights' config file; None if there is none.
     preprocessor: content of their preprocessor_config.json; None if there is none.
+    image_tokenizer: the image tokenizer that a generator belongs to; None of other parts.
   """
 
   weights: files.Weights
@@ -71,11 +85,27 @@ class Given:
   flags: Mapping[str, Any]
   config: Mapping[str, Any] | None = None
   preprocessor: Mapping[str, Any] | None = None
+  image_tokenizer: ImageTokenizer | None = None
 
   @property
   def arrays(self) -> Mapping[str, key_map.StoredArray]:
     """{name: array in the files}."""
     return self.weights.arrays
+
+
+class ImageTokenizer(NamedTuple):
+  """The image tokenizer of a generator.
+
+  Attributes:
+    config: its config.
+    params: its parameters, a tree of arrays that are read when they are used.
+    origin: what a folder keeps about its origin, by keys as `model_folder.part_provenance` returns
+      them.
+  """
+
+  config: Any
+  params: Any
+  origin: dict[str, Any]
 
 
 class TokenizerFile(NamedTuple):
@@ -95,13 +125,15 @@ class Tokenizer(NamedTuple):
 
   Attributes:
     files: the public files that may be given, for messages.
-    read: makes a TokenizerFile from the path that is given.
+    read: makes a TokenizerFile from the path that is given, and from the rest that is.
     check: raises UserError unless an opened tokenizer fits a config.
+    beside: whether its files are by default those in the folder of the weights.
   """
 
   files: str
-  read: Callable[[str], TokenizerFile]
+  read: Callable[[str, Given], TokenizerFile]
   check: Callable[[text_tokenizer.TextTokenizer, Any], None]
+  beside: bool = False
 
 
 class Format(NamedTuple):
@@ -115,6 +147,8 @@ class Format(NamedTuple):
     tokenizer: the network's text tokenizer; None if it has none.
     preprocessing: says how pictures become the network's input, from the config.
     config_file: name of the file that is read for `Given.config`, if it lies next to the weights.
+    sampling: default settings of `generate`, of a generator.
+    origin: more that the folder keeps about the origin of the weights, from the config.
   """
 
   config_of: Callable[[Given], Any]
@@ -124,6 +158,8 @@ class Format(NamedTuple):
   tokenizer: Tokenizer | None = None
   preprocessing: Callable[[Given, Any], preprocessing.Preprocessing | None] = lambda *_: None
   config_file: str | None = None
+  sampling: sampling_settings.SamplingSettings = sampling_settings.SamplingSettings()
+  origin: Callable[[Given, Any], Mapping[str, Any]] = lambda *_: {}
 
 
 class Part(NamedTuple):
@@ -155,9 +191,14 @@ def find(args: argparse.Namespace) -> Format:
   for flag in FLAGS:
     if getattr(args, flag) is not None and flag not in found.flags:
       raise UserError(f'--{flag} does not apply to --format={args.format}')
-  if found.tokenizer and args.vocabulary is None:
+  if found.tokenizer and not found.tokenizer.beside and args.vocabulary is None:
     raise UserError(
       f"--vocabulary is required: the file of the {name}'s text tokenizer, {found.tokenizer.files}"
+    )
+  if 'tokenizer' in found.flags and args.tokenizer is None:
+    raise UserError(
+      "--tokenizer is required: the generator's image tokenizer, a folder that `parti-jax import "
+      f'tokenizer` wrote, or its weights of --format={args.format}'
     )
   return found
 
@@ -180,7 +221,79 @@ def open_files(args: argparse.Namespace, found: Format) -> Given:
   name = 'preprocessor_config.json' if 'preprocessor' in found.flags else None
   preprocessor = _json_file(args.preprocessor, name, weights)
   flags = {flag: getattr(args, flag) for flag in FLAGS}
-  return Given(weights, args.format, flags, config, preprocessor)
+  given = Given(weights, args.format, flags, config, preprocessor)
+  if args.tokenizer is None:
+    return given
+  return dataclasses.replace(given, image_tokenizer=_image_tokenizer(args.tokenizer, given))
+
+
+def _image_tokenizer(path: str, generator: Given) -> ImageTokenizer:
+  """Opens the image tokenizer of a generator: of our folder, or weights of the same format."""
+  if storage.exists(storage.join(path, model_folder.parameter_file('tokenizer'))):
+    if generator.flags['image_size'] is not None:
+      raise UserError(f'--image_size is for weights; {path} says it for itself')
+    part = model_folder.load_part('tokenizer', path)
+    origin = model_folder.part_provenance('tokenizer', path)
+    return ImageTokenizer(part.config, part.params, origin)
+  storage.check_local(path)
+  given = dataclasses.replace(generator, weights=files.open_weights([path]), config=None)
+  network = opened('tokenizer', PARTS['tokenizer'].formats[given.file_format], given)
+  return ImageTokenizer(network.config, network.params(), {'tokenizer': origin_of(given)})
+
+
+class Opened(NamedTuple):
+  """A network in files of weights, of which the names and shapes of all arrays are checked.
+
+  Attributes:
+    config: its config.
+    sources: {path of a parameter: the arrays that make it}.
+    stored: {name: array in the files}.
+    count: number of values of its parameters.
+  """
+
+  config: Any
+  sources: key_map.KeyMap
+  stored: Mapping[str, key_map.StoredArray]
+  count: int
+
+  def params(self, progress: Callable[[], object] = lambda: None) -> dict[str, Any]:
+    """Returns the tree of parameters, each of which is read when it is used.
+
+    Memory then holds one at a time.
+
+    Args:
+      progress: is called when a parameter has been read.
+    """
+    found = key_map.convert(self.sources, self.stored, progress)
+    return flax.traverse_util.unflatten_dict(found, sep='/')
+
+
+def opened(part: str, found: Format, given: Given) -> Opened:
+  """Finds a network in files of weights.
+
+  Args:
+    part: its name in `model_folder.NETWORKS`.
+    found: the format of the files.
+    given: the files.
+
+  Raises:
+    UserError: if the files don't hold such a network, naming what is missing or left over.
+  """
+  config = found.config_of(given)
+  sources = found.key_map(given, config)
+  shapes = parameter_files.shapes(model_folder.abstract(part, config))
+  where = ', '.join(map(str, given.weights.files))
+  key_map.check(sources, given.arrays, shapes, where, tuple(found.ignored(given)))
+  return Opened(config, sources, given.arrays, sum(map(math.prod, shapes.values())))
+
+
+def origin_of(given: Given) -> dict[str, Any]:
+  """Returns what a folder keeps about files of weights."""
+  return {
+    'format': given.file_format,
+    'files': [os.path.basename(file) for file in given.weights.files],
+    'sha256': given.weights.digest(),
+  }
 
 
 def _json_file(
@@ -234,8 +347,9 @@ def _clip_preprocessing(given: Given, config) -> preprocessing.Preprocessing:
   return clip.preprocessing_of(given.arrays, config, given.config, given.preprocessor)
 
 
-def _siglip_tokenizer(path: str) -> TokenizerFile:
+def _siglip_tokenizer(path: str, given: Given) -> TokenizerFile:
   """Reads Gemma's tokenizer.json, its folder, or Gemma's SentencePiece model."""
+  del given
   if os.path.isdir(path) or text_tokenizer.read_file(path).lstrip()[:1] == b'{':
     return TokenizerFile(tokenizer_files.of_siglip_2(path))
   found = vocabulary.TextVocabulary(path)
@@ -274,12 +388,47 @@ def _check_text_encoder_tokenizer(
   tokenizer: text_tokenizer.TextTokenizer, config, spare_rows: int = 0
 ) -> None:
   """Checks a text tokenizer; tables may have a few more rows than it has pieces."""
+  _check_size(tokenizer, config, spare_rows)
+  text_encoders.check_empty_text(config, tokenizer.encode('', 3)[0], tokenizer.path)
+
+
+def _check_generator_tokenizer(
+  tokenizer: text_tokenizer.TextTokenizer, config, spare_rows: int = 0
+) -> None:
+  _check_size(tokenizer, config, spare_rows)
+  generators.check_empty_text(config, tokenizer.encode('', 3)[0], tokenizer.path)
+
+
+def _check_size(tokenizer: text_tokenizer.TextTokenizer, config, spare_rows: int) -> None:
   if not config.text_vocabulary - spare_rows <= tokenizer.size <= config.text_vocabulary:
     raise UserError(
       f'{tokenizer.path} has {tokenizer.size} pieces, but the weights are of '
       f'{config.text_vocabulary}; it belongs to another network'
     )
-  text_encoders.check_empty_text(config, tokenizer.encode('', 3)[0], tokenizer.path)
+
+
+def _dalle_mini_config(given: Given):
+  assert given.image_tokenizer is not None
+  sizes = given.image_tokenizer.config
+  return dalle_mini.config_of(given.arrays, given.config, sizes.codebook_size, sizes.grid)
+
+
+def _dalle_mini_start(given: Given, config) -> int:
+  settings = dict(given.config or {})
+  if (start := given.flags['start_token']) is not None:
+    settings['decoder_start_token_id'] = start
+  return dalle_mini.first_input(given.arrays, settings, config)
+
+
+def _text_normalizer(given: Given) -> str:
+  return given.flags['text_normalizer'] or TEXT_NORMALIZER
+
+
+def _described_generator(config, count: int) -> str:
+  return (
+    f'a generator of {count:,} parameters, {config.decoder_layers} decoder layers of width '
+    f'{config.width}, {config.text_length} text tokens'
+  )
 
 
 def _described_text_encoder(config, count: int) -> str:
@@ -298,7 +447,7 @@ def _described_upscaler(config, count: int) -> str:
 
 _CLIP_TOKENIZER = Tokenizer(
   "OpenAI CLIP's tokenizer.json, or a folder with its vocab.json and merges.txt",
-  lambda path: TokenizerFile(tokenizer_files.of_clip(path)),
+  lambda path, given: TokenizerFile(tokenizer_files.of_clip(path)),
   _check_ranker_tokenizer,
 )
 
@@ -318,6 +467,35 @@ def _clip_format(config_of: Callable[[Given], Any], **others: Any) -> Format:
 
 
 PARTS: Mapping[str, Part] = {
+  'generator': Part(
+    {
+      'dalle-mini': Format(
+        _dalle_mini_config,
+        lambda given, config: dalle_mini.key_map(
+          config, given.arrays, _dalle_mini_start(given, config)
+        ),
+        lambda given: (),
+        flags=('tokenizer', 'image_size', 'vocabulary', 'config', 'text_normalizer', 'start_token'),
+        tokenizer=Tokenizer(
+          "DALL·E mini's tokenizer.json, or a folder with its vocab.json and merges.txt",
+          lambda path, given: TokenizerFile(
+            tokenizer_files.of_dalle_mini(path, _text_normalizer(given))
+          ),
+          functools.partial(_check_generator_tokenizer, spare_rows=_DALLE_MINI_SPARE_ROWS),
+          beside=True,
+        ),
+        config_file='config.json',
+        # The authors' notebook.
+        sampling=sampling_settings.SamplingSettings(guidance_scale=10.0),
+        origin=lambda given, config: {
+          'start_token': _dalle_mini_start(given, config),
+          'text_normalizer': _text_normalizer(given),
+        },
+      ),
+    },
+    _described_generator,
+    '--model={} of `parti-jax generate` and other commands',
+  ),
   'tokenizer': Part(
     {
       name: Format(
@@ -379,7 +557,7 @@ PARTS: Mapping[str, Part] = {
         flags=('vocabulary', 'config', 'text_length'),
         tokenizer=Tokenizer(
           "its spiece.model or tokenizer.json; of t5x's checkpoints T5's sentencepiece.model",
-          lambda path: TokenizerFile(text_tokenizer.read_file(path)),
+          lambda path, given: TokenizerFile(text_tokenizer.read_file(path)),
           functools.partial(_check_text_encoder_tokenizer, spare_rows=_T5_SPARE_ROWS),
         ),
         config_file='config.json',
