@@ -2,20 +2,25 @@
 
 import argparse
 import dataclasses
+import functools
 import pathlib
 import sys
 from typing import Any
 
 import parti_jax
+from parti_jax.cli import evaluate_sweep
 from parti_jax.cli import sampling_flags
 from parti_jax.core import checks
 from parti_jax.core import start_cache
 from parti_jax.core.errors import UserError
+from parti_jax.data import class_names
 from parti_jax.data import openmoji
 from parti_jax.data import openmoji_grammar
 from parti_jax.data import openmoji_scenes
 from parti_jax.evaluation import captions_evaluation
+from parti_jax.evaluation import class_samples
 from parti_jax.evaluation import output_folder
+from parti_jax.evaluation import rejection
 from parti_jax.evaluation.datasets import coco
 from parti_jax.evaluation.datasets import localized_narratives
 from parti_jax.evaluation.metrics import features
@@ -24,7 +29,7 @@ from parti_jax.evaluation.openmoji import openmoji_report
 from parti_jax.evaluation.openmoji import scene_evaluation
 from parti_jax.sampling import sheets
 
-DATASETS = ('openmoji', 'openmoji_scenes', 'coco', 'localized_narratives')
+DATASETS = ('openmoji', 'openmoji_scenes', 'coco', 'localized_narratives', 'imagenet')
 _SPLITS = {'openmoji': openmoji.SPLITS, 'openmoji_scenes': openmoji_scenes.SPLITS}
 
 # Flags that only apply to some data sets, with their defaults.
@@ -38,8 +43,24 @@ _OF_DATASETS: dict[tuple[str, ...], dict[str, Any]] = {
   ('openmoji_scenes',): {'of_seen_names': False},
   ('coco', 'localized_narratives'): {'annotations': None, 'pictures': None, 'num_captions': 30_000},
   ('coco',): {'tfds_dir': None},
+  ('imagenet',): {
+    'classes': None,
+    'label': 'name',
+    'template': '{}',
+    'per_class': 50,
+    'samples': ['npz'],
+    'sample_size': None,
+  },
 }
-_NUM_IMAGES = {'openmoji': 4, 'openmoji_scenes': 4, 'coco': 1, 'localized_narratives': 1}
+_NUM_IMAGES = {
+  'openmoji': 4,
+  'openmoji_scenes': 4,
+  'coco': 1,
+  'localized_narratives': 1,
+  'imagenet': 1,
+}
+# Data sets whose pictures are compared with real ones as a set.
+_AS_SETS = ('openmoji', 'coco', 'localized_narratives')
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -67,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     '--num_images',
     type=int,
     help='number of pictures for each prompt (default: 4 for openmoji and openmoji_scenes, else 1; '
-    "with more, captions use the one that the model's ranker prefers)",
+    "with more, captions and imagenet use the one that the model's ranker prefers)",
   )
   parser.add_argument(
     '--seed',
@@ -97,6 +118,7 @@ def add_arguments(parser: argparse.ArgumentParser):
   )
   sampling_flags.add_arguments(parser)
   sampling_flags.add_precision(parser)
+  evaluate_sweep.add_arguments(parser)
   emoji = parser.add_argument_group('openmoji, openmoji_scenes')
   emoji.add_argument(
     '--rank',
@@ -150,6 +172,40 @@ def add_arguments(parser: argparse.ArgumentParser):
     metavar='N',
     help='maximum number of captions, chosen at random (default: 30000)',
   )
+  classes = parser.add_argument_group('imagenet')
+  classes.add_argument(
+    '--classes',
+    metavar='FILE',
+    help='names of the classes in the order of their ids: LOC_synset_mapping.txt, synset_words.txt, '
+    'imagenet_class_index.json, or any text file with a name on each line',
+  )
+  classes.add_argument(
+    '--label',
+    metavar='NAME',
+    help='the text of a class: name, or id for its number, which class-conditional generators read '
+    '(default: name)',
+  )
+  classes.add_argument(
+    '--template',
+    metavar='TEXT',
+    help='text around a name, with {} in its place (default: {}, only the name)',
+  )
+  classes.add_argument(
+    '--per_class', type=int, metavar='N', help='number of pictures of each class (default: 50)'
+  )
+  classes.add_argument(
+    '--samples',
+    nargs='+',
+    metavar='FORM',
+    help=f'{class_samples.NPZ_FILE} as evaluators read it (npz), or a folder of PNG files (png), or '
+    'both (default: npz)',
+  )
+  classes.add_argument(
+    '--sample_size',
+    type=int,
+    metavar='PIXELS',
+    help="height and width of these pictures (default: the model's)",
+  )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -163,12 +219,24 @@ def run(args: argparse.Namespace) -> int:
       can't be written or holds another run.
   """
   _check_flags(args)
-  if args.dataset == 'openmoji':
-    report, pages, folder = _openmoji(args)
-  elif args.dataset == 'openmoji_scenes':
-    report, pages, folder = _openmoji_scenes(args)
-  else:
-    report, pages, folder = _captions(args)
+  shared = _Shared(args)
+  if args.rejection is not None:
+    return _rejection(args, shared)
+  if args.sweep is not None:
+    return evaluate_sweep.run(args, shared, lambda point: _point(point, shared))
+  for path in _point(args, shared):
+    print(path)
+  return 0
+
+
+def _point(args: argparse.Namespace, shared: '_Shared') -> list[pathlib.Path]:
+  """Evaluates with the flags, prints the table, and returns the files, of which report.json is last."""
+  evaluate = {
+    'openmoji': _openmoji,
+    'openmoji_scenes': _openmoji_scenes,
+    'imagenet': _imagenet,
+  }.get(args.dataset, _captions)
+  report, pages, folder = evaluate(args, shared)
   sampling = {**report.sampling, **sampling_flags.given_precision(args)}
   report = dataclasses.replace(report, sampling=sampling)
   print(report.text())
@@ -177,27 +245,73 @@ def run(args: argparse.Namespace) -> int:
   files['report.json'] = report.json().encode()
   for name, content in files.items():
     output_folder.write(folder / name, content)
-    print(folder / name)
-  return 0
+  return [folder / name for name in files]
 
 
-def _load(args: argparse.Namespace):
-  start_cache.enable()
-  return parti_jax.load(args.model, ranker=args.ranker, **sampling_flags.given_precision(args))
+class _Shared:
+  """What all points of a sweep share: each part is read once, when it is needed.
+
+  Args:
+    args: the flags, of which those of sampling are ignored.
+  """
+
+  def __init__(self, args: argparse.Namespace):
+    self._args = args
+
+  @functools.cached_property
+  def model(self):
+    """The model."""
+    args = self._args
+    start_cache.enable()
+    return parti_jax.load(args.model, ranker=args.ranker, **sampling_flags.given_precision(args))
+
+  @functools.cached_property
+  def extractors(self) -> list[features.Extractor]:
+    """The networks over whose features sets of pictures are compared.
+
+    Raises:
+      UserError: a data set whose pictures are only compared as a set, and no network.
+    """
+    args = self._args
+    found = features.of_flags(self.model, args.inception_weights, args.image_size)
+    if not found and args.dataset in ('coco', 'localized_narratives'):
+      raise UserError(
+        f'the model {self.model.model_name} has no ranker whose features could be used to compare '
+        'pictures; give --inception_weights or --ranker'
+      )
+    return found
+
+  @functools.cached_property
+  def captioned(self):
+    """The captions and their pictures."""
+    args = self._args
+    found = _read_captions(args)
+    if len(found.captions) < args.num_captions:
+      print(
+        f'{found.name}: using all {len(found.captions):,} captions, which are fewer than '
+        f'--num_captions={args.num_captions}',
+        file=sys.stderr,
+      )
+    return found
+
+  @functools.cached_property
+  def real(self) -> captions_evaluation.RealPictures:
+    """Features of the real pictures of `captioned`."""
+    return captions_evaluation.RealPictures(
+      self.model, self.captioned, self.extractors, progress=True
+    )
 
 
-def _openmoji(args: argparse.Namespace):
+def _openmoji(args: argparse.Namespace, shared: _Shared):
   """Evaluates on OpenMoji; returns the report, its contact sheets by name, and their folder."""
   folder = output_folder.make(args.output_dir)
-  model = _load(args)
-  extractors = features.of_flags(model, args.inception_weights, args.image_size)
   pages = {}
 
   def on_sample(sample):
     pages[sample.split] = contact_sheet.contact_sheet(sample)
 
   report = openmoji_report.evaluate(
-    model,
+    shared.model,
     args.splits,
     args.num_images,
     args.max_prompts,
@@ -205,7 +319,7 @@ def _openmoji(args: argparse.Namespace):
     train_prompts=args.train_prompts,
     on_sample=on_sample,
     progress=True,
-    extractors=extractors,
+    extractors=shared.extractors,
     batch_size=args.batch_size,
     rank=args.rank,
     **sampling_flags.given(args),
@@ -213,14 +327,11 @@ def _openmoji(args: argparse.Namespace):
   return report, pages, folder
 
 
-def _openmoji_scenes(args: argparse.Namespace):
+def _openmoji_scenes(args: argparse.Namespace, shared: _Shared):
   """Evaluates on scenes made of OpenMoji; returns the same values as `_openmoji`."""
   folder = output_folder.make(args.output_dir)
-  model = _load(args)
   settings = openmoji_scenes.Settings(of_seen_names=args.of_seen_names)
-  sampling = {
-    name: value for name, value in sampling_flags.given(args).items() if value is not None
-  }
+  sampling = _sampling(args)
   output_folder.claim(
     folder,
     {
@@ -235,7 +346,7 @@ def _openmoji_scenes(args: argparse.Namespace):
     },
   )
   report, samples = scene_evaluation.evaluate(
-    model,
+    shared.model,
     folder,
     args.splits,
     args.num_images,
@@ -252,26 +363,16 @@ def _openmoji_scenes(args: argparse.Namespace):
   return report, pages, folder
 
 
-def _captions(args: argparse.Namespace):
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+  """Returns the sampling settings that the flags give."""
+  return {name: value for name, value in sampling_flags.given(args).items() if value is not None}
+
+
+def _captions(args: argparse.Namespace, shared: _Shared):
   """Evaluates on captions of pictures; returns the same values as `_openmoji`."""
-  captioned = _read_captions(args)
-  if len(captioned.captions) < args.num_captions:
-    print(
-      f'{captioned.name}: using all {len(captioned.captions):,} captions, which are fewer than '
-      f'--num_captions={args.num_captions}',
-      file=sys.stderr,
-    )
-  model = _load(args)
-  extractors = features.of_flags(model, args.inception_weights, args.image_size)
-  if not extractors:
-    raise UserError(
-      f'the model {model.model_name} has no ranker whose features could be used to compare '
-      'pictures; give --inception_weights or --ranker'
-    )
+  captioned, model, extractors = shared.captioned, shared.model, shared.extractors
   folder = output_folder.make(args.output_dir)
-  sampling = {
-    name: value for name, value in sampling_flags.given(args).items() if value is not None
-  }
+  sampling = _sampling(args)
   output_folder.claim(
     folder,
     {
@@ -295,6 +396,7 @@ def _captions(args: argparse.Namespace):
     args.seed,
     progress=True,
     batch_size=args.batch_size,
+    real=lambda: shared.real,
     **sampling,
   )
   pages = {}
@@ -306,6 +408,103 @@ def _captions(args: argparse.Namespace):
       columns=4,
     )
   return report, pages, folder
+
+
+def _imagenet(args: argparse.Namespace, shared: _Shared):
+  """Draws pictures of classes; returns the same values as `_openmoji`."""
+  texts = class_names.read(args.classes).texts(args.label, args.template)
+  folder = output_folder.make(args.output_dir)
+  sampling = _sampling(args)
+  digest = output_folder.fingerprint(*(text.encode() for text in texts))
+  output_folder.claim(
+    folder,
+    {
+      'dataset': args.dataset,
+      'classes': digest,
+      'per_class': args.per_class,
+      'num_images': args.num_images,
+      'sample_size': args.sample_size,
+      'seed': args.seed,
+      'sampling': sampling | sampling_flags.given_precision(args),
+      'model': output_folder.model_fingerprint(args.model),
+      'ranker': output_folder.ranker_fingerprint(args.ranker if args.num_images > 1 else None),
+    },
+  )
+  report, shown = class_samples.draw(
+    shared.model,
+    texts,
+    args.per_class,
+    folder,
+    label=args.label,
+    template=args.template,
+    forms=args.samples,
+    sample_size=args.sample_size,
+    num_images=args.num_images,
+    seed=args.seed,
+    texts_digest=digest,
+    progress=True,
+    batch_size=args.batch_size,
+    **sampling,
+  )
+  page = sheets.sheet(
+    f'The first picture of {len(shown.texts)} of {len(texts)} classes',
+    shown.texts,
+    [[image] for image in shown.images],
+  )
+  return report, {'contact_sheet': page}, folder
+
+
+def _rejection(args: argparse.Namespace, shared: _Shared) -> int:
+  """Compares the pictures that the ranker accepts at several shares; returns the exit status."""
+  rejection.check_ranker(shared.model)
+  folder = output_folder.make(args.output_dir)
+  sampling = _sampling(args)
+  if args.dataset == 'openmoji':
+    comparisons = [
+      rejection.of_openmoji(
+        shared.model, split, args.max_prompts, args.train_prompts, args.seed, shared.extractors
+      )
+      for split in args.splits
+    ]
+  else:
+    comparisons = [rejection.of_captions(shared.captioned, shared.real)]
+  output_folder.claim(
+    folder,
+    {
+      'dataset': args.dataset,
+      'num_images': args.num_images,
+      'seed': args.seed,
+      'sampling': sampling | sampling_flags.given_precision(args),
+      'captions': output_folder.fingerprint(
+        *(text.encode() for found in comparisons for text in found.captions)
+      ),
+      'model': output_folder.model_fingerprint(args.model),
+    },
+  )
+  report = rejection.evaluate(
+    shared.model,
+    comparisons,
+    shared.extractors,
+    folder,
+    args.rejection,
+    args.num_images,
+    args.seed,
+    progress=True,
+    batch_size=args.batch_size,
+    **sampling,
+  )
+  report = dataclasses.replace(
+    report, sampling={**report.sampling, **sampling_flags.given_precision(args)}
+  )
+  print(report.text())
+  for name, content in (
+    ('rejection.png', output_folder.png(report.picture())),
+    ('rejection.md', report.markdown().encode()),
+    ('rejection.json', report.json().encode()),
+  ):
+    output_folder.write(folder / name, content)
+    print(folder / name)
+  return 0
 
 
 def _read_captions(args: argparse.Namespace):
@@ -341,6 +540,8 @@ def _check_flags(args: argparse.Namespace):
     'max_prompts',
     'train_prompts',
     'num_captions',
+    'per_class',
+    'sample_size',
     'image_size',
     'batch_size',
   )
@@ -364,8 +565,36 @@ def _check_flags(args: argparse.Namespace):
       '--inception_weights does not apply to --dataset=openmoji_scenes, whose pictures are judged one '
       'by one'
     )
+  for flag in ('sweep', 'rejection'):
+    if getattr(args, flag) is not None and args.dataset not in _AS_SETS:
+      raise UserError(
+        f'--{flag} compares sets of pictures with real ones; it applies to --dataset='
+        f'{", ".join(_AS_SETS)}, not to {args.dataset}'
+      )
+  evaluate_sweep.check(args)
+  if args.dataset == 'imagenet':
+    _check_imagenet(args)
   known = _SPLITS.get(args.dataset, ())
   args.splits = args.splits or list(known)
   for split in args.splits:
     if split not in known:
       raise UserError(f'--splits: unknown split {split!r}; choose from {", ".join(known)}')
+
+
+def _check_imagenet(args: argparse.Namespace):
+  """Raises UserError for flags that don't apply to --dataset=imagenet, or are missing."""
+  if args.classes is None:
+    raise UserError(
+      '--dataset=imagenet needs --classes FILE, the names of the classes in the order of their ids'
+    )
+  if args.inception_weights is not None:
+    raise UserError(
+      '--inception_weights does not apply to --dataset=imagenet, which draws the samples and compares '
+      'them with nothing'
+    )
+  for form in args.samples:
+    if form not in class_samples.FORMS:
+      raise UserError(
+        f'--samples: unknown form {form!r}; choose from {", ".join(class_samples.FORMS)}'
+      )
+  class_names.read(args.classes).texts(args.label, args.template)

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import pathlib
 import sys
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from collections.abc import Sequence
 import numpy as np
 import tqdm
 from jaxtyping import Bool
+from jaxtyping import Int
 from jaxtyping import UInt8
 
 from parti_jax.core.errors import UserError
@@ -139,6 +141,7 @@ def evaluate(
   seed: int = 0,
   progress: bool = False,
   batch_size: int | None = None,
+  real: Callable[[], RealPictures] | None = None,
   **sampling,
 ) -> tuple[Report, Shown]:
   """Generates the pictures that `folder` doesn't have yet, and compares all of them.
@@ -152,6 +155,7 @@ def evaluate(
     seed: seed of the pictures.
     progress: whether to show bars on a terminal.
     batch_size: pictures generated at once.
+    real: returns the features of the real pictures, if several evaluations share them.
     **sampling: fields of SamplingSettings.
 
   Returns:
@@ -164,18 +168,14 @@ def evaluate(
   sampling = {name: value for name, value in sampling.items() if value is not None}
   shards = picture_shards.PictureShards(folder / 'generated', captioned.captions)
   shards.draw(model, num_images, progress, seed=seed, batch_size=batch_size, **sampling)
-  real = _RealPictures(
-    model, captioned.pictures, extractors, progress, shown=captioned.picture_of[:_SHOWN].tolist()
-  )
+  found = RealPictures(model, captioned, extractors, progress) if real is None else real()
   damaged = collections.Counter(
-    reason for reason in (real.reasons[picture] for picture in captioned.picture_of) if reason
+    reason for reason in (found.reasons[picture] for picture in captioned.picture_of) if reason
   )
-  kept = np.array([not real.reasons[picture] for picture in captioned.picture_of])
-  index_of = np.cumsum([not reason for reason in real.reasons]) - 1
-  picture_of = index_of[captioned.picture_of[kept]]
+  kept, picture_of = found.usable(captioned)
   captions = [caption for caption, keep in zip(captioned.captions, kept) if keep]
   tables = []
-  for extractor, (of_real, of_reconstruction) in zip(extractors, real.features):
+  for extractor, (of_real, of_reconstruction) in zip(extractors, found.features):
     generated = features_lib.extract(
       extractor, _bar(shards.batches(), 'generated pictures', progress, len(captioned.captions))
     )
@@ -199,7 +199,7 @@ def evaluate(
     dataset=captioned.name,
     captions=len(captions),
     captions_available=captioned.available,
-    pictures=int(index_of[-1]) + 1,
+    pictures=sum(not reason for reason in found.reasons),
     skipped={**captioned.skipped, **damaged},
     captions_cut=shards.captions_cut(),
     num_images=num_images,
@@ -208,11 +208,20 @@ def evaluate(
     sampling=sampling,
     distributions=tables,
   )
-  return report, _shown(captioned, kept, shards, real.shown)
+  return report, _shown(captioned, kept, shards, found.shown)
 
 
-class _RealPictures:
+class RealPictures:
   """Features of the usable real pictures, and why the others can't be used.
+
+  Args:
+    model: the result of `parti_jax.load`.
+    captioned: the captions and their pictures.
+    extractors: the networks.
+    progress: whether to show a bar on a terminal.
+
+  Raises:
+    UserError: no picture can be used.
 
   Attributes:
     reasons: for each picture the reason why it can't be used, or ''.
@@ -223,11 +232,11 @@ class _RealPictures:
   def __init__(
     self,
     model,
-    pictures: captioned_pictures.Pictures,
+    captioned: captioned_pictures.Captioned,
     extractors: Sequence[features_lib.Extractor],
-    progress: bool,
-    shown: Sequence[int],
+    progress: bool = False,
   ):
+    shown = captioned.picture_of[:_SHOWN].tolist()
     sizes = list(
       dict.fromkeys([*(extractor.image_size for extractor in extractors), model.image_size])
     )
@@ -236,7 +245,7 @@ class _RealPictures:
     parts: list[tuple[list[features_lib.Features], list[features_lib.Features]]] = [
       ([], []) for _ in extractors
     ]
-    for images in _decoded(pictures, sizes, self.reasons, progress):
+    for images in _decoded(captioned.pictures, sizes, self.reasons, progress):
       usable = [index for index, reason in enumerate(self.reasons) if not reason]
       for index, image in zip(usable[-len(images[sizes[0]]) :], images[sizes[0]]):
         if index in shown:
@@ -254,6 +263,14 @@ class _RealPictures:
       (features_lib.concatenated(real), features_lib.concatenated(through))
       for real, through in parts
     ]
+
+  def usable(
+    self, captioned: captioned_pictures.Captioned
+  ) -> tuple[Bool[np.ndarray, 'captions'], Int[np.ndarray, 'kept']]:
+    """Returns which captions have a usable picture, and the index of that among `features`."""
+    kept = np.array([not self.reasons[picture] for picture in captioned.picture_of])
+    index_of = np.cumsum([not reason for reason in self.reasons]) - 1
+    return kept, index_of[captioned.picture_of[kept]]
 
 
 def _decoded(

@@ -225,6 +225,22 @@ def measure(name: str, sets: Sets, seed: int = 0) -> Distribution:
   return Distribution(name, dim, rows, remarks)
 
 
+def row(
+  sets: Sets, generated: features_lib.Features, caption_of: Int[np.ndarray, 'generated']
+) -> Row:
+  """Compares other generated pictures than those of `sets` with its real ones.
+
+  Args:
+    sets: the real pictures, and the captions.
+    generated: features of generated pictures.
+    caption_of: index of the caption of each.
+
+  Returns:
+    The row 'generated' that `measure` would give for these pictures.
+  """
+  return _row(generated, sets.real, _fit(sets, generated, caption_of))
+
+
 def _remarks(rows: Mapping[str, Row], dim: int, captions: int | None, scored: bool) -> list[str]:
   """Reports values that are unreliable or missing because there are too few pictures.
 

@@ -1,0 +1,366 @@
+"""Rejection of generated pictures by a ranker: what remains at several shares of acceptance.
+
+ViT-VQGAN (arXiv 2110.04627, section 5.2) and VQGAN report the FID of the share of pictures that a
+classifier is most certain of, from 1 to 0.05. Here a ranker accepts a share of the pictures of each
+caption. Rows compare the same number of pictures, since the Fréchet distance grows as that falls: as many
+of the accepted ones of each caption, at random, as the smallest share accepts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool
+from jaxtyping import Float32
+from jaxtyping import Int
+from PIL import Image
+
+from parti_jax.core.errors import UserError
+from parti_jax.data import openmoji
+from parti_jax.evaluation import captions_evaluation
+from parti_jax.evaluation import line_chart
+from parti_jax.evaluation import tables
+from parti_jax.evaluation.datasets import captioned_pictures
+from parti_jax.evaluation.datasets import picture_shards
+from parti_jax.evaluation.metrics import distribution
+from parti_jax.evaluation.metrics import features as features_lib
+from parti_jax.evaluation.openmoji import openmoji_judge
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+  """Captions and the real pictures that generated ones are compared with.
+
+  Attributes:
+    name: name of the set.
+    captions: the captions.
+    picture_of: index of the real picture of each caption.
+    real: for each extractor, the features of the real pictures.
+  """
+
+  name: str
+  captions: Sequence[str]
+  picture_of: Int[np.ndarray, 'captions']
+  real: Sequence[features_lib.Features]
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+  """The pictures accepted at a share.
+
+  Attributes:
+    share: the share that was asked for.
+    accepted: pictures accepted of each caption's.
+    row: as many of these as each share has, compared with the real pictures.
+  """
+
+  share: float
+  accepted: int
+  row: distribution.Row
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  """All shares over one set of real pictures and one kind of features."""
+
+  pictures: str
+  features: str
+  shares: Sequence[Share]
+
+  @property
+  def title(self) -> str:
+    return f'{self.pictures}, over features: {self.features}'
+
+  def cells(self) -> list[list[str]]:
+    """Returns a header, and a line for each share."""
+    columns = [
+      ('Fréchet distance', lambda row: row.frechet_distance, '{:.4g}'.format),
+      ('precision', lambda row: row.precision, lambda share: f'{100 * share:.1f}'),
+      ('recall', lambda row: row.recall, lambda share: f'{100 * share:.1f}'),
+      ('inception score', lambda row: row.inception_score, lambda score: score.text(2)),
+      ('alignment', lambda row: row.alignment, lambda score: score.text(3)),
+    ]
+    shown = [c for c in columns if any(c[1](share.row) is not None for share in self.shares)]
+    lines = [['share', 'accepted', 'compared', *(name for name, _, _ in shown)]]
+    for share in self.shares:
+      values = [(value_of(share.row), render) for _, value_of, render in shown]
+      lines.append(
+        [
+          f'{share.share:g}',
+          str(share.accepted),
+          f'{share.row.pictures:,}',
+          *('-' if value is None else render(value) for value, render in values),
+        ]
+      )
+    return lines
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """Shares of acceptance.
+
+  Attributes:
+    ranker: description of the ranker that accepts.
+    num_images: pictures generated for each caption.
+    compared: accepted pictures of each caption that are compared, at every share.
+    seed: seed of the pictures, and of the choice among the accepted.
+    sampling: settings that override the model's own.
+    captions_cut: captions longer than the model's text length.
+    tables: the tables.
+  """
+
+  ranker: str
+  num_images: int
+  compared: int
+  seed: int
+  sampling: Mapping[str, object]
+  captions_cut: int
+  tables: Sequence[Table]
+
+  def notes(self) -> list[str]:
+    """Returns explanations of the tables."""
+    settings = ', '.join(f'{key} {value}' for key, value in self.sampling.items())
+    lines = [
+      f'{self.num_images} pictures of each caption, seed {self.seed}, sampling: '
+      f'{settings or "as the model is configured"}. The {self.ranker} accepts a share of them; '
+      f'{self.compared} of the accepted ones of each caption are compared, at every share, so that rows '
+      'have the same number of pictures. Alignment by the same ranker, and distances over its features, '
+      'are optimistic.'
+    ]
+    if self.captions_cut:
+      lines.append(f"{self.captions_cut:,} captions exceeded the model's text length and were cut.")
+    return lines
+
+  def text(self) -> str:
+    """Renders the tables for a terminal."""
+    blocks = [f'{table.title}\n{tables.text(table.cells())}' for table in self.tables]
+    return '\n\n'.join([*blocks, '\n'.join(self.notes())]) + '\n'
+
+  def markdown(self) -> str:
+    """Renders the tables in Markdown."""
+    blocks = ['# Rejection']
+    for table in self.tables:
+      blocks += [f'## {table.title}', tables.markdown(table.cells())]
+    return '\n\n'.join([*blocks, *self.notes()]) + '\n'
+
+  def json(self) -> str:
+    """Renders all numbers, unrounded, as JSON."""
+    return (
+      json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + '\n'
+    )
+
+  def picture(self) -> Image.Image:
+    """Draws the distance against the alignment, with a label for each share."""
+    panels = []
+    for table in self.tables:
+      points = []
+      for share in table.shares:
+        assert share.row.frechet_distance is not None
+        alignment = share.row.alignment
+        x, error = (share.share, None) if alignment is None else (alignment.mean, alignment.error)
+        points.append(line_chart.Point(x, share.row.frechet_distance, f'{share.share:g}', error))
+      aligned = table.shares[0].row.alignment is not None
+      panels.append(
+        line_chart.Panel(
+          table.title,
+          'alignment; labels are the accepted share' if aligned else 'accepted share',
+          'Fréchet distance',
+          {'': points},
+        )
+      )
+    return line_chart.draw(panels)
+
+
+def check_ranker(model) -> None:
+  """Raises UserError for a model without a ranker."""
+  if model.ranker is None:
+    raise UserError(
+      f'--rejection: the model {model.model_name} has no ranker that could accept pictures; give one '
+      'with --ranker'
+    )
+
+
+def of_captions(
+  captioned: captioned_pictures.Captioned, real: captions_evaluation.RealPictures
+) -> Comparison:
+  """Returns the usable captions and real pictures of a data set."""
+  kept, picture_of = real.usable(captioned)
+  captions = [caption for caption, keep in zip(captioned.captions, kept) if keep]
+  return Comparison(captioned.name, captions, picture_of, [found for found, _ in real.features])
+
+
+def of_openmoji(
+  model,
+  split: str,
+  max_prompts: int | None,
+  train_prompts: int,
+  seed: int,
+  extractors: Sequence[features_lib.Extractor],
+) -> Comparison:
+  """Returns the prompts and real pictures of a split of OpenMoji, those of its evaluation.
+
+  Args:
+    model: the result of `parti_jax.load`.
+    split: name of the split.
+    max_prompts: maximum number of prompts; None for all.
+    train_prompts: the same limit for the train split.
+    seed: seed of the choice of prompts.
+    extractors: the networks.
+  """
+  judge = openmoji_judge.Judge(openmoji.pictures(), model.image_size)
+  members = [picture for picture in judge.pictures if picture.split == split]
+  limit = max_prompts or len(members)
+  if split == 'train':
+    limit = min(train_prompts, limit)
+  rng = np.random.default_rng([seed, *split.encode()])
+  chosen = np.sort(rng.choice(len(members), min(limit, len(members)), replace=False))
+  asked = [members[index] for index in chosen]
+  images = judge.real(asked)
+  return Comparison(
+    f'OpenMoji, {split}',
+    [picture.caption for picture in asked],
+    np.arange(len(asked)),
+    [features_lib.extract(extractor, [images]) for extractor in extractors],
+  )
+
+
+def evaluate(
+  model,
+  comparisons: Sequence[Comparison],
+  extractors: Sequence[features_lib.Extractor],
+  folder: pathlib.Path,
+  shares: Sequence[float],
+  num_images: int,
+  seed: int = 0,
+  progress: bool = False,
+  batch_size: int | None = None,
+  **sampling,
+) -> Report:
+  """Generates the pictures that the folder doesn't have yet, and compares the accepted ones.
+
+  Args:
+    model: the result of `parti_jax.load`, with a ranker.
+    comparisons: the captions and real pictures.
+    extractors: the networks, in the order of `Comparison.real`.
+    folder: stores the generated pictures; another run may continue there.
+    shares: shares of acceptance in (0, 1], ascending; each accepts at least one picture.
+    num_images: pictures for each caption.
+    seed: seed of the pictures, and of the choice among the accepted.
+    progress: whether to show bars on a terminal.
+    batch_size: pictures generated at once.
+    **sampling: fields of SamplingSettings.
+
+  Returns:
+    The report.
+
+  Raises:
+    UserError: there is no ranker, or a shard is damaged.
+  """
+  check_ranker(model)
+  counts = [accepted_count(share, num_images) for share in shares]
+  compared = min(counts)
+  found, cut = [], 0
+  for number, comparison in enumerate(comparisons):
+    texts = [caption for caption in comparison.captions for _ in range(num_images)]
+    shards = picture_shards.PictureShards(folder / 'generated' / str(number), texts)
+    shards.draw(model, 1, progress, seed=seed, batch_size=batch_size, **sampling)
+    cut += shards.captions_cut() // num_images
+    scores = _scores(model, texts, shards).reshape(-1, num_images)
+    chosen = [choose(scores, count, compared, seed) for count in counts]
+    rows_of = [
+      _rows(comparison, index, extractor, shards, chosen)
+      for index, extractor in enumerate(extractors)
+    ]
+    for extractor, rows in zip(extractors, rows_of):
+      # Of features without texts, the alignment is the ranker's.
+      aligned = [
+        next((row.alignment for row in same if row.alignment is not None), None)
+        for same in zip(*rows_of)
+      ]
+      rows = [
+        dataclasses.replace(row, alignment=alignment) for row, alignment in zip(rows, aligned)
+      ]
+      found.append(
+        Table(
+          comparison.name,
+          extractor.name,
+          [Share(*values) for values in zip(shares, counts, rows)],
+        )
+      )
+  ranker = features_lib.RankerFeatures(model.ranker, model.model_name).name
+  return Report(ranker, num_images, compared, seed, sampling, cut, found)
+
+
+def accepted_count(share: float, num_images: int) -> int:
+  """Returns how many of a caption's pictures a share accepts, at least one."""
+  return max(1, round(share * num_images))
+
+
+def choose(
+  scores: Float32[np.ndarray, 'captions num_images'], accepted: int, compared: int, seed: int
+) -> Bool[np.ndarray, 'captions num_images']:
+  """Chooses the pictures to compare among the accepted ones.
+
+  Args:
+    scores: the ranker's scores.
+    accepted: number of pictures of each caption that are accepted, those of the highest scores.
+    compared: number of these to compare.
+    seed: seed of the choice.
+  """
+  captions, num_images = scores.shape
+  rng = np.random.default_rng([seed, accepted, num_images])
+  best = np.argsort(-scores, axis=1, kind='stable')[:, :accepted]
+  kept = rng.permuted(best, axis=1)[:, :compared]
+  chosen = np.zeros(scores.shape, bool)
+  chosen[np.arange(captions)[:, None], kept] = True
+  return chosen
+
+
+def _scores(
+  model, texts: Sequence[str], shards: picture_shards.PictureShards
+) -> Float32[np.ndarray, 'pictures']:
+  """Returns the ranker's score of each picture for its caption."""
+  start, found = 0, []
+  for batch in shards.batches():
+    found.append(np.asarray(model.ranker.scores(texts[start : start + len(batch)], batch)))
+    start += len(batch)
+  return np.concatenate(found).astype(np.float32)
+
+
+def _rows(
+  comparison: Comparison,
+  index: int,
+  extractor: features_lib.Extractor,
+  shards: picture_shards.PictureShards,
+  chosen: Sequence[Bool[np.ndarray, 'captions num_images']],
+) -> list[distribution.Row]:
+  """Returns the row of each choice, over the features of one extractor."""
+  num_images = chosen[0].shape[1]
+  wanted = np.any(chosen, axis=0).reshape(-1)
+  parts, start = [], 0
+  for batch in shards.batches():
+    keep = wanted[start : start + len(batch)]
+    if keep.any():
+      parts.append(features_lib.extract(extractor, [batch[keep]]))
+    start += len(batch)
+  features = features_lib.concatenated(parts)
+  place = np.cumsum(wanted) - 1
+  sets = distribution.Sets(
+    real=comparison.real[index],
+    reconstruction=comparison.real[index],
+    generated=features,
+    caption_of=np.flatnonzero(wanted) // num_images,
+    picture_of=comparison.picture_of,
+    texts=extractor.texts(comparison.captions),
+    published=extractor.published(comparison.captions),
+  )
+  rows = []
+  for choice in chosen:
+    pictures = np.flatnonzero(choice.reshape(-1))
+    rows.append(distribution.row(sets, features[place[pictures]], pictures // num_images))
+  return rows

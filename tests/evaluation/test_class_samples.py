@@ -1,0 +1,211 @@
+"""Tests of `parti-jax evaluate --dataset=imagenet`."""
+
+import argparse
+import collections
+import json
+import shutil
+import zipfile
+
+import evaluation_fakes as fakes
+import numpy as np
+import pytest
+from PIL import Image
+
+import parti_jax
+from parti_jax.cli import evaluate
+from parti_jax.core.errors import UserError
+from parti_jax.evaluation.datasets import picture_shards
+from parti_jax.evaluation.datasets import sample_files
+
+NAMES = ['tench', 'goldfish', 'great white shark']
+
+
+def draw(caption, index):
+  """Returns a picture that only depends on its class and index."""
+  return np.random.default_rng([*caption.encode(), index]).integers(
+    0, 256, (fakes.SIZE, fakes.SIZE, 3), dtype=np.uint8
+  )
+
+
+@pytest.fixture(name='pipeline')
+def fixture_pipeline(monkeypatch):
+  pipeline = fakes.FakePipeline(draw)
+  monkeypatch.setitem(
+    vars(parti_jax), 'load', lambda path=None, ranker=None, weights='float': pipeline
+  )
+  monkeypatch.setattr(picture_shards, 'SHARD', 4)
+  return pipeline
+
+
+@pytest.fixture(name='flags')
+def fixture_flags(tmp_path):
+  path = tmp_path / 'classes.txt'
+  path.write_text('\n'.join(NAMES) + '\n')
+  return ['--dataset=imagenet', f'--classes={path}', '--per_class=5']
+
+
+def run(*arguments):
+  parser = argparse.ArgumentParser()
+  evaluate.add_arguments(parser)
+  return evaluate.run(parser.parse_args(arguments))
+
+
+def test_samples_are_balanced_and_read_by_numpy(pipeline, flags, tmp_path):
+  assert run(*flags, '--guidance_scale=2', f'--output_dir={tmp_path}/out') == 0
+  with np.load(tmp_path / 'out' / 'samples.npz') as found:
+    images, labels = found['arr_0'], found['arr_1']
+  assert images.dtype == np.uint8 and images.shape == (15, fakes.SIZE, fakes.SIZE, 3)
+  assert labels.tolist() == [0, 1, 2] * 5
+  for index, (image, label) in enumerate(zip(images, labels)):
+    np.testing.assert_array_equal(image, draw(NAMES[label], index))  # Each has its own noise.
+  report = json.loads((tmp_path / 'out' / 'report.json').read_text())
+  assert report['samples'] == 15 and report['sampling'] == {'guidance_scale': 2.0}
+  assert report['recognized'] is None and report['resize'] is None
+  assert Image.open(tmp_path / 'out' / 'contact_sheet.png').width > 3 * 128
+  # ADM's evaluator reads the header of the first member itself, and then rows of it.
+  with zipfile.ZipFile(tmp_path / 'out' / 'samples.npz') as archive:
+    assert archive.namelist() == ['arr_0.npy', 'arr_1.npy']
+    assert {entry.compress_type for entry in archive.infolist()} == {zipfile.ZIP_STORED}
+    with archive.open('arr_0.npy') as file:
+      assert np.lib.format.read_magic(file) == (1, 0)
+      shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+      assert (shape, fortran, dtype) == ((15, fakes.SIZE, fakes.SIZE, 3), False, np.uint8)
+      assert file.read(images[0].nbytes) == images[0].tobytes()
+
+
+def test_a_stopped_run_resumes_to_the_same_file(pipeline, flags, tmp_path):
+  generate = pipeline.generate
+
+  def stopped(prompts, **settings):
+    if len(pipeline.generated) == 2:
+      raise KeyboardInterrupt
+    return generate(prompts, **settings)
+
+  pipeline.generate = stopped
+  with pytest.raises(KeyboardInterrupt):
+    run(*flags, f'--output_dir={tmp_path}/out')
+  assert not (tmp_path / 'out' / 'samples.npz').exists()
+  pipeline.generate = generate
+  run(*flags, f'--output_dir={tmp_path}/out')
+  drawn = [caption for group in pipeline.generated for caption in group]
+  assert collections.Counter(drawn) == dict.fromkeys(NAMES, 5)
+  run(*flags, f'--output_dir={tmp_path}/whole')
+  files = [tmp_path / folder / 'samples.npz' for folder in ('out', 'whole')]
+  assert files[0].read_bytes() == files[1].read_bytes()
+  reports = [json.loads((file.parent / 'report.json').read_text()) for file in files]
+  assert reports[0] == reports[1] and len(reports[0]['sha256']) == 64
+  for flag, message in (
+    ('--seed=1', 'with seed 0'),
+    ('--per_class=6', 'with per_class 5'),
+    ('--template=a {}', 'with classes'),
+    ('--sample_size=4', 'with sample_size None'),
+  ):
+    with pytest.raises(UserError, match=f'pictures of another run, {message}'):
+      run(*flags, flag, f'--output_dir={tmp_path}/out')
+
+
+def test_png_files_and_another_size(pipeline, flags, tmp_path):
+  out = tmp_path / 'out'
+  run(*flags, '--samples', 'png', 'npz', '--sample_size=4', f'--output_dir={out}')
+  names = [f'{index:06d}.png' for index in range(15)]
+  assert sorted(path.name for path in (out / 'samples').iterdir()) == names
+  with np.load(out / 'samples.npz') as found:
+    images = found['arr_0']
+  assert images.shape == (15, 4, 4, 3)
+  for name, image in zip(names, images):
+    np.testing.assert_array_equal(np.asarray(Image.open(out / 'samples' / name)), image)
+  expected = Image.fromarray(draw('goldfish', 1)).resize((4, 4), Image.Resampling.BICUBIC)
+  np.testing.assert_array_equal(images[1], np.asarray(expected))
+  report = json.loads((out / 'report.json').read_text())
+  assert report['sample_size'] == 4 and report['resize'].startswith('bicubic')
+  (out / 'samples' / names[3]).unlink()
+  run(*flags, '--samples', 'png', 'npz', '--sample_size=4', f'--output_dir={out}')
+  assert (out / 'samples' / names[3]).exists()
+
+
+def test_ids_and_templates_as_texts(pipeline, flags, tmp_path):
+  run(*flags, '--label=id', f'--output_dir={tmp_path}/ids')
+  assert set(pipeline.generated[0]) == {'0', '1', '2'}
+  pipeline.generated.clear()
+  run(*flags, '--template=a photo of a {}', f'--output_dir={tmp_path}/texts')
+  assert pipeline.generated[0][0] == 'a photo of a tench'
+
+
+def test_what_a_ranker_recognizes(pipeline, flags, tmp_path):
+  """Pictures of two classes are right, and those of the third show the first."""
+
+  def shown(caption, index):
+    del index
+    return draw('tench' if caption == 'goldfish' else caption, 0)
+
+  pipeline.draw = shown
+  pipeline.ranker = fakes.FakeRanker(draw)
+  run(*flags, f'--output_dir={tmp_path}/out')
+  found = json.loads((tmp_path / 'out' / 'report.json').read_text())['recognized']
+  assert found['top1']['mean'] == pytest.approx(2 / 3) and found['top5']['mean'] == 1
+  # Over classes, of which two are always right and one never.
+  assert found['top1']['error'] == pytest.approx(np.std([1, 1, 0], ddof=1) / 3**0.5)
+  unit = pipeline.ranker.text_features(NAMES)
+  expected = np.mean([1, unit[0] @ unit[1], 1])
+  assert found['alignment']['mean'] == pytest.approx(expected, abs=1e-6)
+  assert '| 3 | 15 |' in (tmp_path / 'out' / 'report.md').read_text()
+
+
+def test_the_best_of_several_by_the_ranker(pipeline, flags, tmp_path):
+  pipeline.ranker = fakes.FakeRanker(draw)
+  run(*flags, '--num_images=4', f'--output_dir={tmp_path}/out')
+  with np.load(tmp_path / 'out' / 'samples.npz') as found:
+    # The fake ranker prefers the last of each four.
+    np.testing.assert_array_equal(found['arr_0'][2], draw('great white shark', 2 * 4 + 3))
+  assert 'acceptance rate of 0.25' in (tmp_path / 'out' / 'report.md').read_text()
+
+
+@pytest.mark.parametrize(
+  'flags_given, message',
+  [
+    (['--dataset=imagenet'], 'needs --classes FILE'),
+    (['--classes=x'], '--classes only applies to --dataset=imagenet'),
+    (['--dataset=imagenet', '--classes=nothing.txt'], 'nothing.txt cannot be read'),
+    (['--dataset=imagenet', '--per_class=0'], '--per_class must be a positive number'),
+    (['--dataset=imagenet', '--sample_size=0'], '--sample_size'),
+    (['--dataset=imagenet', '--sweep', 'top_p=1'], '--sweep compares sets of pictures with real'),
+  ],
+)
+def test_bad_flags(pipeline, tmp_path, flags_given, message):
+  with pytest.raises(UserError, match=message):
+    run(*flags_given, f'--output_dir={tmp_path}/out')
+  assert not (tmp_path / 'out').exists() and not pipeline.generated
+
+
+@pytest.mark.parametrize(
+  'flag, message',
+  [
+    ('--label=number', "label='number' is unknown"),
+    ('--template=photo', 'must have {} once'),
+    ('--samples=tar', "unknown form 'tar'; choose from npz, png"),
+  ],
+)
+def test_bad_values(pipeline, flags, tmp_path, flag, message):
+  with pytest.raises(UserError, match=message):
+    run(*flags, flag, f'--output_dir={tmp_path}/out')
+  assert not (tmp_path / 'out').exists() and not pipeline.generated
+
+
+def test_a_disk_that_is_too_small(pipeline, flags, tmp_path, monkeypatch):
+  usage = collections.namedtuple('usage', 'total used free')
+  monkeypatch.setattr(shutil, 'disk_usage', lambda _: usage(10**9, 10**9, 1000))
+  with pytest.raises(UserError, match='the samples take 0.0 GB, but the disk has 0.0 GB'):
+    run(*flags, f'--output_dir={tmp_path}/out')
+  assert not pipeline.generated
+
+
+def test_an_npz_that_cannot_be_whole_leaves_nothing(tmp_path):
+  batches = [np.zeros((2, 4, 4, 3), np.uint8)]
+  with pytest.raises(ValueError, match='2 samples of 3 classes'):
+    sample_files.write_npz(tmp_path / 'x.npz', batches, np.arange(3), 4)
+  with pytest.raises(ValueError, match='expected'):
+    sample_files.write_npz(tmp_path / 'x.npz', batches, np.arange(2), 5)
+  assert list(tmp_path.iterdir()) == []
+  size = sample_files.npz_bytes(2, 4)
+  sample_files.write_npz(tmp_path / 'x.npz', batches, np.arange(2), 4)
+  assert 0 <= size - (tmp_path / 'x.npz').stat().st_size < 1024
