@@ -13,6 +13,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import threading
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 from typing import Any
@@ -38,9 +39,27 @@ _MOST_PER_CALL = 8
 _BETWEEN_SIZES = 4
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
+class Preview:
+  """A picture whose first rows are sampled.
+
+  Attributes:
+    image: the picture; below these rows it is blank, of the gray `slots.BLANK`.
+    rows: number of rows of image tokens that are there.
+    of_rows: number of rows of image tokens of the whole picture.
+  """
+
+  image: UInt8[np.ndarray, 'height width 3']
+  rows: int
+  of_rows: int
+
+
+@dataclasses.dataclass(eq=False)
 class _Request:
-  """A picture to sample; the fields are arguments of `ContinuousSampler.submit`, as checked."""
+  """A picture to sample; the fields are arguments of `ContinuousSampler.submit`, as checked.
+
+  Previews follow once the numbers of tokens in `preview_at` are there.
+  """
 
   prompt: str
   text: Int32[np.ndarray, 'text_length']
@@ -48,6 +67,27 @@ class _Request:
   image_index: int
   settings: sampling_settings.SamplingSettings
   future: concurrent.futures.Future[text_to_image.Result]
+  on_preview: Callable[[Preview], None] | None = None
+  preview_at: tuple[int, ...] = ()
+  settled: bool = False
+
+  def settle(self) -> bool:
+    """Returns whether the future waits for a result or an error, which it must then be given.
+
+    It doesn't if it is cancelled, or has failed before, such as by an error of `on_preview`.
+    """
+    waits = not self.settled and self.future.set_running_or_notify_cancel()
+    self.settled = True
+    return waits
+
+
+@dataclasses.dataclass(frozen=True)
+class _Previewed:
+  """Requests with previews, and the rows and pixels, which devices may still compute."""
+
+  requests: list[_Request]
+  rows: list[int]
+  images: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +154,7 @@ class ContinuousSampler:
     self._requests = slots_lib.Requests.empty(self.batch_size, length)
     self._running: list[_Request | None] = [None] * self.batch_size
     self._drawn: list[_Drawn] = []
+    self._previewed: list[_Previewed] = []
     self._reached: Any = None
 
     self._changed = threading.Condition()
@@ -124,7 +165,13 @@ class ContinuousSampler:
     _OPEN.add(self)
 
   def submit(
-    self, prompt: str, seed: int = 0, image_index: int = 0, **sampling
+    self,
+    prompt: str,
+    seed: int = 0,
+    image_index: int = 0,
+    on_preview: Callable[[Preview], None] | None = None,
+    previews: int | None = None,
+    **sampling,
   ) -> concurrent.futures.Future[text_to_image.Result]:
     """Asks for a picture.
 
@@ -133,6 +180,11 @@ class ContinuousSampler:
       seed: integer from 0 to 2³² − 1.
       image_index: index of the picture among those of its prompt, from 0 to 2³¹ − 1; `generate`
         gives indices from `first_index` on.
+      on_preview: called in the sampler's thread with each preview of the picture, in order, before
+        the future has its result; it should be short. If it raises an error, the future gets it.
+      previews: number of previews, at most; by default one for each row of image tokens but the
+        last. They come after rows that are as far apart as possible. Previews of several rows that
+        one call samples are one.
       **sampling: fields of SamplingSettings that replace the sampler's defaults; None keeps the
         default.
 
@@ -147,6 +199,8 @@ class ContinuousSampler:
         closed.
     """
     prompt = checks.text('prompt', prompt)
+    if previews is not None:
+      previews = checks.whole_number('previews', previews, 0, checks.LARGEST_INT32)
     settings = _supported(self.settings.replace(**sampling))
     if settings.guided and not self._statics['guided']:
       raise UserError(
@@ -160,6 +214,8 @@ class ContinuousSampler:
       checks.whole_number('image_index', image_index, 0, checks.LARGEST_INT32),
       settings,
       concurrent.futures.Future(),
+      on_preview,
+      _preview_at(self._config.grid, previews) if on_preview is not None else (),
     )
     with self._changed:
       if self._closed:
@@ -178,6 +234,12 @@ class ContinuousSampler:
   def running(self) -> int:
     """Number of slots that are taken."""
     return sum(request is not None for request in self._running)
+
+  @property
+  def closed(self) -> bool:
+    """Whether the sampler accepts no more pictures, after `close` or an error of its thread."""
+    with self._changed:
+      return self._closed
 
   def close(self, wait: bool = True, cancel_waiting: bool = False) -> None:
     """Accepts no more pictures; those that have a slot are finished.
@@ -221,7 +283,7 @@ class ContinuousSampler:
 
   def _wait_for_work(self) -> bool:
     """Waits until there is something to do; returns False once there never will be."""
-    busy = lambda: self._waiting or self._taken() or self._drawn
+    busy = lambda: self._waiting or self._taken() or self._drawn or self._previewed
     with self._changed:
       self._changed.wait_for(lambda: busy() or self._closed)
       return bool(busy())
@@ -232,7 +294,7 @@ class ContinuousSampler:
       if request is not None and request.future.cancelled():
         _drop(request)
         self._running[slot] = None
-    before = len(self._drawn)
+    before, previewed = len(self._drawn), len(self._previewed)
     try:
       self._admit()
       if self._taken():
@@ -241,6 +303,8 @@ class ContinuousSampler:
       self._slots = self._reached = None
       self._fail(self._taken(), error)
     # Only now, so that the devices have work while pictures are copied.
+    for _ in range(previewed):
+      self._hand_out_previews(self._previewed.pop(0))
     for _ in range(before):
       self._hand_out(self._drawn[0])
       del self._drawn[0]
@@ -299,11 +363,58 @@ class ContinuousSampler:
     jax.block_until_ready(previous)
     position = self._requests.position
     position += self.tokens_per_call
+    self._preview(position)
     complete = position >= self._config.image_length
     position[complete] = 0  # Free slots go on with pictures that nobody asked for.
     finished = [int(slot) for slot in np.flatnonzero(complete) if self._running[slot] is not None]
     for start, size, count in _pieces(len(finished), self._sizes):
       self._finish(finished[start : start + count], size)
+
+  def _preview(self, position: Int32[np.ndarray, 'slots']) -> None:
+    """Decodes the first rows of pictures that have reached a place for a preview in this call."""
+    shown = [
+      slot
+      for slot, request in enumerate(self._running)
+      if request is not None
+      and any(-self.tokens_per_call < at - position[slot] <= 0 for at in request.preview_at)
+      and position[slot] < self._config.image_length
+    ]
+    rows = position[shown] // self._config.grid[1]
+    for start, size, count in _pieces(len(shown), self._sizes):
+      chosen = slice(start, start + count)
+      requests = [request for slot in shown[chosen] if (request := self._running[slot]) is not None]
+      places = np.resize(np.asarray(shown[chosen], np.int32), size)
+      assert self._slots is not None
+      try:
+        images = self._place.start(
+          slots_lib.preview,
+          (self._model.tokenizer_params,),
+          (places, np.resize(rows[chosen], size)),
+          self._slots.tokens,
+          tokenizer=self._model.tokenizer,
+          grid=tuple(self._config.grid),
+        )
+      except Exception as error:
+        self._fail(requests, error)
+      else:
+        self._previewed.append(_Previewed(requests, rows[chosen].tolist(), images))
+
+  def _hand_out_previews(self, previewed: _Previewed) -> None:
+    """Waits for previews and gives them to those who asked for them."""
+    try:
+      with numerics.fixed():
+        images = jax.device_get(previewed.images)
+    except Exception as error:
+      self._fail(previewed.requests, error)
+      return
+    for request, rows, image in zip(previewed.requests, previewed.rows, images):
+      if request.future.done():  # Cancelled, or failed since.
+        continue
+      assert request.on_preview is not None
+      try:
+        request.on_preview(Preview(image, rows, self._config.grid[0]))
+      except Exception as error:
+        self._fail([request], error)
 
   def _finish(self, finished: Sequence[int], size: int) -> None:
     """Decodes complete pictures, as a batch of `size`, and frees their slots."""
@@ -341,7 +452,7 @@ class ContinuousSampler:
       return
     for result in results:
       request = drawn.requests.pop(0)
-      if request.future.set_running_or_notify_cancel():
+      if request.settle():
         request.future.set_result(result)
 
   def _result(
@@ -370,14 +481,14 @@ class ContinuousSampler:
     failed = set(requests)
     self._running = [None if request in failed else request for request in self._running]
     for request in requests:
-      if request.future.set_running_or_notify_cancel():
+      if request.settle():
         request.future.set_exception(error)
 
 
 def _drop(request: _Request) -> None:
   """Cancels a picture, also for those who wait for several futures."""
   request.future.cancel()
-  request.future.set_running_or_notify_cancel()
+  request.settle()
 
 
 @atexit.register
@@ -407,6 +518,18 @@ def _supported(
         f'one token after the other with all layers and passes; set it to {off}'
       )
   return settings
+
+
+def _preview_at(grid: Sequence[int], previews: int | None) -> tuple[int, ...]:
+  """Returns the numbers of tokens after which to show a picture.
+
+  Args:
+    grid: rows and columns of image tokens.
+    previews: number of previews, at most; None for one after each row but the last.
+  """
+  rows, columns = grid
+  count = rows - 1 if previews is None else min(previews, rows - 1)
+  return tuple(columns * (number * rows // (count + 1)) for number in range(1, count + 1))
 
 
 def _divisor(tokens_per_call: int | None, length: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import hashlib
+import io
 import itertools
 import os
 import pathlib
@@ -196,7 +197,7 @@ def read_metadata(path) -> dict[str, str] | None:
 def save(folder, name: str, picture: Image.Image, metadata: dict[str, str]) -> pathlib.Path:
   """Writes a PIL image like `save_picture`, under a name given without its suffix."""
   folder = local_folder(folder)
-  metadata = {key: _storable(value) for key, value in (metadata | {'software': SOFTWARE}).items()}
+  metadata = _stored(metadata)
   if 'upscaled' in metadata:
     name += f'_x{metadata["upscaled"]}'
   temporary = folder / f'.{name}.{secrets.token_hex(4)}'
@@ -226,6 +227,11 @@ def local_folder(folder) -> pathlib.Path:
   return pathlib.Path(folder)
 
 
+def _stored(metadata: dict[str, str]) -> dict[str, str]:
+  """Returns the metadata as a file has them, with the software's name."""
+  return {key: _storable(value) for key, value in (metadata | {'software': SOFTWARE}).items()}
+
+
 def _storable(value: str) -> str:
   """Replaces what a PNG's text can't have: NUL, and characters that aren't Unicode."""
   return value.encode('utf-8', 'replace').decode().replace('\0', '\ufffd')
@@ -239,6 +245,13 @@ def _chunks(metadata: dict[str, str]) -> PngImagePlugin.PngInfo:
     else:  # tEXt has only Latin-1.
       info.add_itxt(key, value)
   return info
+
+
+def png(image: UInt8[np.ndarray, 'height width 3'], metadata: dict[str, str]) -> bytes:
+  """Returns the content of the file that `save_picture` writes."""
+  content = io.BytesIO()
+  to_pil(image).save(content, 'PNG', pnginfo=_chunks(_stored(metadata)))
+  return content.getvalue()
 
 
 def _free_path(folder: pathlib.Path, name: str, metadata: dict[str, str]) -> pathlib.Path:

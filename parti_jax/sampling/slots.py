@@ -33,6 +33,9 @@ from parti_jax.models import pixels
 from parti_jax.models.nn import transformer
 from parti_jax.sampling import decoding
 
+# Level of gray of what a preview doesn't show yet.
+BLANK = np.uint8(224)
+
 
 class Slots(flax.struct.PyTreeNode):
   """What a batch keeps on the devices between two calls.
@@ -307,3 +310,37 @@ def detokenize(
   chosen = nn.with_logical_constraint(tokens[places], ('activation_batch', None))
   apply: Callable[..., Any] = tokenizer.apply
   return chosen, pixels.to_bytes(apply({'params': params}, chosen, method='detokenize'))
+
+
+@functools.partial(jax.jit, static_argnames=('tokenizer', 'grid'))
+def preview(
+  params: PyTree,
+  places: Int32[Array, 'pictures'],
+  rows: Int32[Array, 'pictures'],
+  tokens: Int32[Array, 'slots image_length'],
+  *,
+  tokenizer: nn.Module,
+  grid: tuple[int, int],
+) -> UInt8[Array, 'pictures height width 3']:
+  """Decodes the first rows of pictures that are not complete yet.
+
+  Decoders of image tokens need all of them, so the last row that is there stands for those below it,
+  and what is decoded from these is blank.
+
+  Args:
+    params: parameters of the image tokenizer.
+    places: the slots.
+    rows: number of rows of tokens that are there, at least 1.
+    tokens: the tokens of all slots.
+    tokenizer: the image tokenizer.
+    grid: rows and columns of image tokens.
+  """
+  row = jnp.minimum(jnp.arange(grid[0]), rows[:, None] - 1)
+  squares = tokens[places].reshape(-1, *grid)
+  filled = jnp.take_along_axis(squares, row[:, :, None], axis=1).reshape(len(places), -1)
+  filled = nn.with_logical_constraint(filled, ('activation_batch', None))
+  apply: Callable[..., Any] = tokenizer.apply
+  images = pixels.to_bytes(apply({'params': params}, filled, method='detokenize'))
+  line = jnp.arange(images.shape[1]) * grid[0] // images.shape[1]
+  there = line < rows[:, None]
+  return jnp.where(there[:, :, None, None], images, BLANK)

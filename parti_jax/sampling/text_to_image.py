@@ -118,12 +118,23 @@ class Result:
       UserError: if the folder can't be written.
     """
     return [
-      images_lib.save_picture(
-        folder, image, self._metadata() | {'prompt': prompt} | self._place_in(row, column)
-      )
-      for row, prompt in enumerate(self.prompts)
+      images_lib.save_picture(folder, image, self.metadata(row, column))
+      for row in range(len(self.prompts))
       for column, image in enumerate(self._shown[row])
     ]
+
+  def png(self, row: int, column: int) -> bytes:
+    """Returns the file that `save` writes for a picture: a PNG with metadata.
+
+    Args:
+      row: number of the prompt, from 0.
+      column: number of the picture among those of its prompt, from 0.
+    """
+    return images_lib.png(self._shown[row, column], self.metadata(row, column))
+
+  def metadata(self, row: int, column: int) -> dict[str, str]:
+    """Returns the metadata in the file of a picture, in which the arguments are those of `png`."""
+    return self._metadata() | {'prompt': self.prompts[row]} | self._place_in(row, column)
 
   def save_grid(self, folder, display_size: int | None = None) -> pathlib.Path:
     """Writes the result of `grid` as a PNG to a folder and returns the path of the file."""
@@ -342,11 +353,8 @@ class TextToImage:
       weights=self.weights,
       cache=self.cache,
     )
-    result = self._ranked(result) if rank else result
-    if not upscale:
-      return result
-    upscaled = self.upscale(result.images.reshape(total, *images.shape[2:]))
-    return dataclasses.replace(result, upscaled=upscaled.reshape(*index.shape, *upscaled.shape[1:]))
+    result = self.ranked(result) if rank else result
+    return self.upscaled(result) if upscale else result
 
   def _sample(
     self,
@@ -399,9 +407,16 @@ class TextToImage:
     )
     return tokens.reshape(*shape, -1), images.reshape(*shape, *images.shape[1:]), usage, passes
 
-  def _ranked(self, result: Result) -> Result:
-    """Sorts the pictures of each prompt by their scores."""
-    assert result.image_index is not None
+  def ranked(self, result: Result) -> Result:
+    """Sorts the pictures of each prompt by their scores, best first.
+
+    Args:
+      result: pictures of this model that are not ranked or upscaled, with their `image_index`.
+
+    Raises:
+      UserError: if the model has no ranker.
+    """
+    assert result.image_index is not None and result.upscaled is None
     shape = result.images.shape
     texts = [prompt for prompt in result.prompts for _ in range(shape[1])]
     images = result.images.reshape(-1, *shape[2:])
@@ -417,6 +432,16 @@ class TextToImage:
       scores=scores[rows, order],
       image_index=result.image_index[rows, order],
     )
+
+  def upscaled(self, result: Result) -> Result:
+    """Adds the pictures enlarged by the model's super-resolution.
+
+    Raises:
+      UserError: if the model has none.
+    """
+    shape = result.images.shape
+    upscaled = self.upscale(result.images.reshape(-1, *shape[2:]))
+    return dataclasses.replace(result, upscaled=upscaled.reshape(*shape[:2], *upscaled.shape[1:]))
 
   def tokenize(self, images) -> Int32[np.ndarray, 'images image_length']:
     """Encodes pictures to image tokens.
@@ -535,6 +560,10 @@ class TextToImage:
           stacklevel=3,
         )
     return texts
+
+  def left_out(self, prompt: str) -> str:
+    """Returns the end of a prompt that `encode_prompts` leaves out; empty if all of it fits."""
+    return self._vocabulary.encode(prompt, self.config.text_length)[1]
 
   def _batch_size(self, total: int, asked: int | None, guided: bool) -> int:
     """Returns the number of images to sample at once."""

@@ -7,6 +7,7 @@ import threading
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_configs
@@ -15,6 +16,7 @@ import parti_jax
 from parti_jax.core.errors import UserError
 from parti_jax.exported_model import model_folder
 from parti_jax.models import parti
+from parti_jax.models import pixels
 from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.sampling import continuous
@@ -375,3 +377,70 @@ def test_batches_over_a_mesh_are_divisible():
   assert continuous._sizes(24, 8) == [8, 24]
   assert continuous._sizes(8, 8) == [8]
   assert list(continuous._pieces(11, [8, 24])) == [(0, 8, 8), (8, 8, 3)]
+
+
+def previews_of(model, tokens, rows, grid=(3, 3)):
+  """The picture of the first rows, with the last of them repeated, and blank below."""
+  squares = np.asarray(tokens).reshape(grid)
+  filled = squares[np.minimum(np.arange(grid[0]), rows - 1)].reshape(1, -1)
+  decoded = model.tokenizer.apply(
+    {'params': model.tokenizer_params}, jnp.asarray(filled), method='detokenize'
+  )
+  image = np.array(pixels.to_bytes(decoded))[0]
+  image[rows * len(image) // grid[0] :] = slots.BLANK
+  return image
+
+
+@pytest.mark.parametrize(
+  'tokens_per_call, previews, rows',
+  [(1, None, [1, 2]), (3, None, [1, 2]), (9, None, []), (1, 1, [1]), (3, 9, [1, 2]), (1, 0, [])],
+)
+def test_previews_show_the_rows_that_are_there(
+  model, expected, without_thread, tokens_per_call, previews, rows
+):
+  sampler = continuous.ContinuousSampler(model, 3, tokens_per_call)
+  seen = {row: [] for row in range(len(JOINS))}
+  joins = [
+    (at, prompt, how | ({'on_preview': seen[row].append, 'previews': previews} if row % 2 else {}))
+    for row, (at, prompt, how) in enumerate(JOINS)
+  ]
+  futures = turns(sampler, joins)
+  check_same(futures, expected)
+  for row, shown in seen.items():
+    assert [preview.rows for preview in shown] == (rows if row % 2 else [])
+    for preview in shown:
+      assert preview.of_rows == 3
+      wanted = previews_of(model, expected[row].tokens, preview.rows)
+      assert np.abs(preview.image.astype(int) - wanted).max() <= 1
+
+
+def test_previews_are_as_far_apart_as_possible():
+  assert continuous._preview_at((8, 8), 3) == (16, 32, 48)
+  assert continuous._preview_at((8, 2), None) == tuple(range(2, 16, 2))
+  assert continuous._preview_at((1, 4), None) == ()
+
+
+def test_an_error_of_a_preview_is_that_of_its_picture(model, expected, without_thread):
+  sampler = continuous.ContinuousSampler(model, 2, 3)
+  bad = sampler.submit('blue ball', on_preview=_raising)
+  good = sampler.submit(JOINS[0][1], **JOINS[0][2])
+  turns(sampler)
+  with pytest.raises(RuntimeError, match='out of memory'):
+    bad.result(0)
+  check_same([good], expected[:1])
+  # The last preview of this one is handed out when its tokens are complete.
+  late = sampler.submit('blue ball', on_preview=_raising, previews=1)
+  turns(sampler)
+  assert str(late.exception(0)) == 'out of memory'
+
+
+def test_previews_end_with_a_cancelled_picture(model, without_thread):
+  sampler = continuous.ContinuousSampler(model, 1, 3)
+  seen = []
+  future = sampler.submit('blue ball', on_preview=seen.append)
+  sampler._turn()
+  future.cancel()
+  turns(sampler)
+  assert seen == [] and future.cancelled()
+  with pytest.raises(UserError, match='previews=-1'):
+    sampler.submit('blue ball', on_preview=seen.append, previews=-1)

@@ -34,6 +34,12 @@ def test_pixels_and_metadata_are_read_back(tmp_path):
   assert os.listdir(path.parent) == [path.name]
 
 
+def test_a_png_in_memory_is_the_file(tmp_path):
+  asked = metadata(prompt='Apfel, größer als \u200b林檎\0')
+  path = images.save_picture(tmp_path, picture(), asked)
+  assert images.png(picture(), asked) == path.read_bytes()
+
+
 def test_names_tell_prompt_seed_and_index(tmp_path):
   path = images.save_picture(tmp_path, picture(), metadata())
   assert path.name == 'waving-hand-dark-skin-tone_seed0_1.png'
