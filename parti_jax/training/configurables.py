@@ -9,6 +9,7 @@ from parti_jax.partitioning import mesh
 from parti_jax.training import config
 from parti_jax.training import optimizers
 from parti_jax.training.objectives import generator_objective
+from parti_jax.training.objectives import imported_generator
 from parti_jax.training.objectives import lora_objective
 from parti_jax.training.objectives import ranker_objective
 from parti_jax.training.objectives import super_resolution_objective
