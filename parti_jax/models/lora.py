@@ -38,18 +38,15 @@ from parti_jax.core import errors
 
 # Names of the matrices A and B of a projection.
 A, B = 'lora_a', 'lora_b'
-# The matrices of queries and values, as in the paper (section 7.1).
-TARGETS = (
-  'attention/query',
-  'attention/value',
-  'cross_attention/query',
-  'cross_attention/value',
-)
+# The projections of queries and values, as in the paper (section 7.1).
+TARGETS = ('*attention*/query', '*attention*/value')
 _RANK_AXIS = 'lora_rank'
 # Logical axes of a kernel along which several projections lie -> their names.
 _PARTS = {'qkv': ('query', 'key', 'value'), 'kv': ('key', 'value')}
 # First logical axes of kernels with several input axes -> the number of these.
 _INPUTS = {'kernel_rows': 3, 'heads': 2}
+# Names of modules whose kernel is of one projection -> the name of that.
+_NAMES = {'project_query': 'query', 'project_key': 'key', 'project_value': 'value'}
 # Most names of projections in an error message.
 _SHOWN = 24
 
@@ -130,12 +127,8 @@ def projections(abstract: PyTree) -> list[Projection]:
     stacked = int(axes[0] == 'layers')
     inputs = _INPUTS.get(axes[stacked], 1)
     after = axes[stacked + inputs] if len(axes) > stacked + inputs else ''
-    module = '/'.join(path[:-1])
-    if after in _PARTS:
-      where = module.rpartition('/')[0]
-      names = [f'{where}/{part}'.lstrip('/') for part in _PARTS[after]]
-    else:
-      names = [module.removesuffix('project_query') + 'query' * module.endswith('project_query')]
+    last = _PARTS.get(after, (_NAMES.get(path[-2], path[-2]),))
+    names = ['/'.join((*path[:-2], name)) for name in last]
     for index, name in enumerate(names):
       part = index if after in _PARTS else None
       if name in found:

@@ -318,8 +318,9 @@ class Trainer:
     Returns:
       The new state, and the metrics.
     """
+    constants = self.constants
     with self._partitioned(), compiler_options.checked():
-      state, metrics = self._step(state, batch, self.constants)
+      state, metrics = self._step(state, batch, constants)
     if self.mesh.size > 1 and self.mesh.devices.flat[0].platform == 'cpu':
       # The collectives of two steps that run at once on the same cores can wait for each other.
       jax.block_until_ready(metrics)
@@ -349,12 +350,13 @@ class Trainer:
     """
     measures: dict[str, list[np.ndarray]] = {}
     size, ways = 0, rules_lib.batch_ways(self.mesh, self.rules)
+    constants = self.constants
     with self._partitioned():
       for batch in batches:
         count = len(next(iter(batch.values())))
         size = max(size, -(-count // ways) * ways)
         whole = self._put_whole(batch, size)
-        for name, values in self._evaluate(params, self.constants, whole).items():
+        for name, values in self._evaluate(params, constants, whole).items():
           measures.setdefault(name, []).append(np.asarray(values)[:count])
     of_all = {name: np.concatenate(parts) for name, parts in measures.items()}
     # The summary may hide values that aren't finite. In a ranking, NaN loses all comparisons.
@@ -386,9 +388,10 @@ class Trainer:
       return {}
     draw, inputs = self._painter
     count, ways = len(next(iter(batch.values()))), rules_lib.batch_ways(self.mesh, self.rules)
+    constants = self.constants
     with self._partitioned():
       whole = self._put_whole(batch, -(-count // ways) * ways)
-      drawn = draw(params, self.constants, whole, inputs)
+      drawn = draw(params, constants, whole, inputs)
     return {name: np.asarray(pictures)[:count] for name, pictures in drawn.items()}
 
   @functools.cached_property

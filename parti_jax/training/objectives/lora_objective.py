@@ -110,8 +110,8 @@ class LoraObjective(base_lib.Objective):
       },
     }.items():
       object.__setattr__(self, field, value)
-    # Names the patterns at fault.
-    assert self._projections is not None
+    # Here, since patterns may be at fault, and networks can't be traced for shapes alone on a mesh.
+    assert self._projections and self._whole is not None
 
   @property
   def name(self) -> str:
