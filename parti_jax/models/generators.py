@@ -24,6 +24,7 @@ from jaxtyping import Int
 from parti_jax.models import dalle_mini
 from parti_jax.models import flops
 from parti_jax.models import kinds
+from parti_jax.models import llamagen
 from parti_jax.models import parti
 from parti_jax.models import parti_config
 from parti_jax.models import text_encoders
@@ -278,6 +279,18 @@ KINDS = kinds.Kinds.of_part(
       text_flops=flops.text_encoder_forward,
       empty_text=dalle_mini.empty_text,
       check_empty_text=dalle_mini.check_empty_text,
+    ),
+    'llamagen': Kind(
+      llamagen.LlamaGenConfig,
+      llamagen.LlamaGen,
+      llamagen.ImageDecoder,
+      llamagen.block,
+      llamagen.example_inputs,
+      llamagen.decoder_flops,
+      llamagen.step_flops,
+      text_flops=llamagen.text_flops,
+      empty_text=llamagen.empty_text,
+      check_empty_text=llamagen.check_empty_text,
     ),
   },
 )

@@ -117,6 +117,29 @@ def text_encoder_config(values: Mapping[str, Any]) -> TextEncoderConfig:
   return kind(**fields)
 
 
+def set_text_encoder(config: Any) -> None:
+  """Makes a config of the dict of a generator's text encoder, which takes over shared fields.
+
+  Args:
+    config: the config of a generator, whose field `text_encoder` isn't None; called while it is made.
+
+  Raises:
+    UserError: if that is neither a config nor such a dict.
+  """
+  found: Any = config.text_encoder
+  if isinstance(found, Mapping):
+    found = text_encoder_config(found)
+  elif type(found) not in TEXT_ENCODERS.values():
+    known = ' or '.join(f'@{kind.__name__}()' for kind in TEXT_ENCODERS.values())
+    raise errors.UserError(
+      f'{type(config).__name__}.text_encoder={checks.shown(found)} must be None, or in gin {known}; '
+      f'{kinds.REMEDY}'
+    )
+  shared = {field.name for field in dataclasses.fields(found)} & set(_SHARED)
+  found = dataclasses.replace(found, **{name: getattr(config, name) for name in shared})
+  object.__setattr__(config, 'text_encoder', found)
+
+
 def as_dict(config: Any) -> dict[str, Any]:
   """Returns the fields of a network's config, of any class; a text encoder's with its 'kind'."""
   values = dataclasses.asdict(config)
@@ -218,20 +241,10 @@ class PartiConfig:
     Raises:
       UserError: if it is neither a config nor such a dict.
     """
-    found: Any = self.text_encoder
-    if found is None:
+    if self.text_encoder is None:
       return
-    if isinstance(found, Mapping):
-      found = text_encoder_config(found)
-    elif type(found) not in TEXT_ENCODERS.values():
-      known = ' or '.join(f'@{kind.__name__}()' for kind in TEXT_ENCODERS.values())
-      raise errors.UserError(
-        f'PartiConfig.text_encoder={checks.shown(found)} must be None, or in gin {known}; '
-        f'{kinds.REMEDY}'
-      )
-    shared = {field.name for field in dataclasses.fields(found)} & set(_SHARED)
-    found = dataclasses.replace(found, **{name: getattr(self, name) for name in shared})
-    object.__setattr__(self, 'text_encoder', found)
+    set_text_encoder(self)
+    found: Any = self.text_encoder
     object.__setattr__(self, 'encoder_layers', found.layers)
     object.__setattr__(self, 'text_vocabulary', found.text_vocabulary)
     object.__setattr__(self, 'text_length', found.text_length)

@@ -44,6 +44,9 @@ _READ_FIRST_FROM = 512
 # heads of the queries may share one of them.
 CachePart = Float[Array, 'batch kv_heads slots head_dim'] | quantization.QuantizedVectors
 KeysValues = tuple[CachePart, CachePart]
+# Keys, values, and True where a query may attend to them, or None if it may attend to all.
+_Vectors = Float[Array, 'batch kv_heads _ head_dim'] | quantization.QuantizedVectors
+Part = tuple[_Vectors, _Vectors, Bool[Array, '...'] | None]
 
 
 def attend(
@@ -233,12 +236,86 @@ def attend_cached(
   mask: Bool[Array, 'key_length']
   | Bool[Array, 'length key_length']
   | Bool[Array, '#batch 1 #length key_length'],
+  others: Sequence[Part] = (),
 ) -> Float[Array, 'batch length heads head_dim']:
   """`attend` over keys and values in the layout of `KeysValues`.
 
   The scales of int8 keys multiply the scores, those of values the weights.
+
+  Args:
+    query: queries.
+    keys: keys.
+    values: values.
+    mask: True where a query may attend to a key.
+    others: more keys, values and masks, which aren't copied to join them.
   """
-  return _mean(query, _masked_softmax(_scores(query, keys), mask), values)
+  if not others:
+    return _mean(query, _masked_softmax(_scores(query, keys), mask), values)
+  return _attend_parts(query, [(keys, values, mask), *others])
+
+
+def _attend_parts(
+  query: Float[Array, 'batch length heads head_dim'], parts: Sequence[Part]
+) -> Float[Array, 'batch length heads head_dim']:
+  """Attends over keys and values in several parts."""
+  scores = [_scores(query, keys) for keys, _, _ in parts]
+  hidden = jnp.finfo(jnp.float32).min
+  scores = [
+    part if mask is None else jnp.where(mask, part, hidden)
+    for part, (_, _, mask) in zip(scores, parts)
+  ]
+  ends = np.cumsum([part.shape[-1] for part in scores])[:-1]
+  weights = jnp.split(jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1), ends, axis=-1)
+  means = [_mean(query, part, values) for part, (_, values, _) in zip(weights, parts)]
+  return functools.reduce(jnp.add, means)
+
+
+def prefix_mask(mask: Bool[Array, 'batch 1 1 prefix']) -> Bool[Array, 'batch 1 prefix prefix']:
+  """Returns which positions of a prefix each of them attends to: itself, and earlier ones.
+
+  Args:
+    mask: True where a position may be attended to. The others attend to themselves alone.
+  """
+  places = jnp.arange(mask.shape[-1])
+  return (mask & (places <= places[:, None])) | (places == places[:, None])
+
+
+def attend_after_prefix(
+  query: Float[Array, 'batch places heads head_dim'],
+  key: Float[Array, 'batch places heads head_dim'],
+  value: Float[Array, 'batch places heads head_dim'],
+  mask: Bool[Array, 'batch 1 1 prefix'],
+  pattern: attention_patterns.AttentionPattern,
+) -> Float[Array, 'batch length heads head_dim']:
+  """Attends from image tokens to the prefix before them, and in a pattern to image tokens.
+
+  With many image tokens it computes one block of queries at a time, like `attend_blockwise`.
+
+  Args:
+    query: queries of the prefix, which are not used, and after them those of the image tokens.
+    key: keys of both.
+    value: values of both.
+    mask: True where a position of the prefix may be attended to.
+    pattern: the pattern of the image tokens.
+  """
+  prefix, length = mask.shape[-1], pattern.length
+  block = length if length < _BLOCKWISE_FROM else _BLOCK.get(pattern.name, _BLOCK['global'])
+  blocks = []
+  for start in range(0, length, block):
+    rows = pattern.mask[start : start + block]
+    seen = np.flatnonzero(rows.any(axis=0))
+    within = slice(int(seen[0]), int(seen[-1]) + 1)
+    keys, values = (
+      jnp.concatenate([part[:, :prefix], part[:, prefix:][:, within]], axis=1)
+      for part in (key, value)
+    )
+    masks = [
+      jnp.broadcast_to(part, (len(mask), 1, len(rows), part.shape[-1]))
+      for part in (mask, rows[:, within])
+    ]
+    queries = query[:, prefix + start : prefix + start + block]
+    blocks.append(jax.checkpoint(attend)(queries, keys, values, jnp.concatenate(masks, axis=-1)))
+  return jnp.concatenate(blocks, axis=1)
 
 
 def _scores(
@@ -432,6 +509,7 @@ def attend_before_write(
   cache: KeysValues,
   position: Int[Array, ''] | Int[Array, 'batch'],
   pattern: attention_patterns.AttentionPattern,
+  others: Sequence[Part] = (),
 ) -> Float[Array, 'batch 1 heads head_dim']:
   """Attends from a single position that the cache doesn't hold yet.
 
@@ -442,6 +520,7 @@ def attend_before_write(
     cache: keys and values of the earlier positions.
     position: the position, in all rows or in each.
     pattern: the pattern of the layer.
+    others: more keys, values and masks.
 
   Returns:
     What `attend_cached` returns for `read_cache` after `write_cache`, except for rounding.
@@ -453,11 +532,7 @@ def attend_before_write(
   own = first + jnp.arange(visible.shape[-1]) == pattern.slot_of(each, num_slots)
   visible &= ~own[:, None, None] if position.ndim else ~own
   new_key, new_value = (_in_form_of(*parts) for parts in zip(cache, (key, value)))
-  old = jnp.where(visible, _scores(query, keys), jnp.finfo(jnp.float32).min)
-  scores = jnp.concatenate([old, _scores(query, new_key)], axis=-1)
-  weights = jax.nn.softmax(scores, axis=-1)
-  new = _mean(query, weights[..., -1:], new_value)
-  return _mean(query, weights[..., :-1], values) + new
+  return _attend_parts(query, [(keys, values, visible), (new_key, new_value, None), *others])
 
 
 def read_cache_and_chunk(
@@ -563,7 +638,9 @@ class _SelfProjections(nn.Module):
       query, key = self.query_norm(query), self.key_norm(key)
     grid = self.options.rotary_grid
     if grid is not None:
-      query, key = rotary.rotate(query, position, grid), rotary.rotate(key, position, grid)
+      query, key = (
+        rotary.rotate(part, position, grid, self.options.rotary_inputs) for part in (query, key)
+      )
     return query, key, value
 
   def _fits(
@@ -612,7 +689,8 @@ class SelfAttention(_SelfProjections):
 class PatternedSelfAttention(_SelfProjections):
   """Causal self-attention over image tokens.
 
-  `__call__` computes a whole sequence, `decode` the next positions with a cache. `project`,
+  `__call__` computes a whole sequence, `decode` the next positions with a cache. A prefix, such as a
+  text, may come before the image tokens; `prefill` computes it alone. `project`,
   `write_cache` and `attend_from_cache` are the steps of `decode` for a single position.
   `attend_ahead` leaves it to the caller which positions to write into the cache.
   """
@@ -622,6 +700,7 @@ class PatternedSelfAttention(_SelfProjections):
     x: Float[Array, 'batch length embed'],
     patterns: Sequence[attention_patterns.AttentionPattern],
     index: int | Int[Array, ''] = 0,
+    mask: Bool[Array, 'batch 1 1 prefix'] | None = None,
   ) -> Float[Array, 'batch length embed']:
     """Attends from each position of a whole sequence.
 
@@ -629,7 +708,10 @@ class PatternedSelfAttention(_SelfProjections):
       x: the sequence.
       patterns: the patterns to choose from.
       index: which pattern to use, as in `attend_in_schedule`.
+      mask: with a prefix before the image tokens: True where it may be attended to. None without.
     """
+    if mask is not None and mask.shape[-1]:
+      return self._attend_with_prefix(x, patterns, index, mask)
     if all(self._fits(x, pattern) for pattern in patterns):
       head_dim = self.width // self.heads
       forms = [
@@ -641,12 +723,51 @@ class PatternedSelfAttention(_SelfProjections):
     key, value = (for_each_head(part, self.heads) for part in shared)
     return self.project_out(attend_in_schedule(query, key, value, patterns, index))
 
+  def _attend_with_prefix(
+    self,
+    x: Float[Array, 'batch length embed'],
+    patterns: Sequence[attention_patterns.AttentionPattern],
+    index: int | Int[Array, ''],
+    mask: Bool[Array, 'batch 1 1 prefix'],
+  ) -> Float[Array, 'batch length embed']:
+    prefix = mask.shape[-1]
+    query, *shared = self.project(x, -prefix)
+    parts = query, *(for_each_head(part, self.heads) for part in shared)
+    first = attend(*(part[:, :prefix] for part in parts), prefix_mask(mask))
+    forms = [functools.partial(attend_after_prefix, pattern=pattern) for pattern in patterns]
+    after = _call_chosen(forms, index, *parts, mask)
+    attended = checkpoint_name(
+      jnp.concatenate([first, after], axis=1), attention_kernel.ATTENTION_OUTPUT
+    )
+    return self.project_out(attended)
+
+  def prefill(
+    self, x: Float[Array, 'batch prefix embed'], mask: Bool[Array, 'batch 1 1 prefix']
+  ) -> tuple[
+    Float[Array, 'batch prefix embed'],
+    Float[Array, 'batch prefix kv_heads head_dim'],
+    Float[Array, 'batch prefix kv_heads head_dim'],
+  ]:
+    """Attends within the prefix before the image tokens.
+
+    Args:
+      x: the prefix.
+      mask: True where it may be attended to.
+
+    Returns:
+      The output of attention, and the keys and values of the prefix.
+    """
+    query, key, value = self.project(x, -x.shape[1])
+    keys, values = (for_each_head(part, self.heads) for part in (key, value))
+    return self.project_out(attend(query, keys, values, prefix_mask(mask))), key, value
+
   def decode(
     self,
     x: Float[Array, 'batch length embed'],
     cache: KeysValues,
     position: Int[Array, ''] | Int[Array, 'batch'],
     pattern: attention_patterns.AttentionPattern,
+    others: Sequence[Part] = (),
   ) -> tuple[Float[Array, 'batch length embed'], KeysValues]:
     """Attends from each of the next positions to itself and earlier ones.
 
@@ -655,6 +776,7 @@ class PatternedSelfAttention(_SelfProjections):
       cache: keys and values of the earlier positions.
       position: the first position of x, in all rows or, if x has a single one, in each.
       pattern: the pattern of the layer.
+      others: keys, values and masks of a prefix.
 
     Returns:
       The output of attention, and the cache with the positions of x.
@@ -662,14 +784,14 @@ class PatternedSelfAttention(_SelfProjections):
     query, key, value = self.project(x, position)
     quantized = isinstance(cache[0], quantization.QuantizedVectors)
     if x.shape[1] == 1 and quantized and _num_slots(cache) >= _READ_FIRST_FROM:
-      attended = attend_before_write(query, key, value, cache, position, pattern)
+      attended = attend_before_write(query, key, value, cache, position, pattern, others)
       attended, key, value = jax.lax.optimization_barrier((attended, key, value))
       updated = write_cache(cache, key, value, position, pattern)
       return self.project_out(attended), updated
     updated = write_cache(cache, key, value, position, pattern)
     if x.shape[1] == 1:
-      return self.attend_from_cache(query, updated, position, pattern), updated
-    return self.attend_ahead(query, key, value, cache, position, pattern), updated
+      return self.attend_from_cache(query, updated, position, pattern, others), updated
+    return self.attend_ahead(query, key, value, cache, position, pattern, others), updated
 
   def attend_ahead(
     self,
@@ -679,6 +801,7 @@ class PatternedSelfAttention(_SelfProjections):
     cache: KeysValues,
     position: Int[Array, ''] | Int[Array, 'batch'],
     pattern: attention_patterns.AttentionPattern,
+    others: Sequence[Part] = (),
   ) -> Float[Array, 'batch length embed']:
     """Attends from the next positions, which the cache doesn't hold yet.
 
@@ -689,9 +812,10 @@ class PatternedSelfAttention(_SelfProjections):
       cache: keys and values of the earlier positions.
       position: the first of the next positions, in all rows or in each.
       pattern: the pattern of the layer.
+      others: keys, values and masks of a prefix.
     """
     keys, values, mask = read_cache_and_chunk(cache, key, value, position, pattern)
-    return self.project_out(attend_cached(query, keys, values, mask))
+    return self.project_out(attend_cached(query, keys, values, mask, others))
 
   def attend_from_cache(
     self,
@@ -699,6 +823,7 @@ class PatternedSelfAttention(_SelfProjections):
     cache: KeysValues,
     position: Int[Array, ''] | Int[Array, 'batch'],
     pattern: attention_patterns.AttentionPattern,
+    others: Sequence[Part] = (),
   ) -> Float[Array, 'batch 1 embed']:
     """Attends from a single position that the cache already holds.
 
@@ -707,8 +832,9 @@ class PatternedSelfAttention(_SelfProjections):
       cache: keys and values of this and the earlier positions.
       position: the position, in all rows or in each.
       pattern: the pattern of the layer.
+      others: keys, values and masks of a prefix.
     """
-    return self.project_out(attend_cached(query, *read_cache(cache, position, pattern)))
+    return self.project_out(attend_cached(query, *read_cache(cache, position, pattern), others))
 
 
 def text_mask(text_tokens: Int[Array, 'batch text_length']) -> Bool[Array, 'batch 1 1 text_length']:

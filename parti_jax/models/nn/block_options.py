@@ -36,6 +36,9 @@ class BlockOptions:
       for each of them. Only of decoders.
     norm_after: the norm of the output of each attention, before the residual connection, as in
       NormFormer (arXiv 2110.09456); a name in NORMS, or None for none.
+    rotary_inputs: whether `rotary_grid` is of the inputs (`rotary.rotate`).
+    cross_attention: whether the blocks of a decoder attend to the text by cross-attention. Otherwise
+      the text comes before the image tokens, as a prefix, and self-attention attends to it.
   """
 
   norm: str = 'layer'
@@ -44,6 +47,8 @@ class BlockOptions:
   rotary_grid: tuple[int, int] | None = None
   kv_heads: int | None = None
   norm_after: str | None = None
+  rotary_inputs: bool = False
+  cross_attention: bool = True
 
   def make_norm(self, dtype: jnp.dtype) -> nn.Module:
     return NORMS[self.norm](dtype)

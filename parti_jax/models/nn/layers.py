@@ -293,7 +293,9 @@ class MLP(nn.Module):
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: Float[Array, 'batch length embed']) -> Float[Array, 'batch length embed']:
+  def __call__(
+    self, x: Float[Array, 'batch length features']
+  ) -> Float[Array, 'batch length embed']:
     hidden = Projection((self.mlp_width,), 1, ('embed', 'mlp'), self.dtype, name='project_in')(x)
     hidden = nn.with_logical_constraint(
       hidden, ('activation_batch', 'activation_length', 'activation_mlp')

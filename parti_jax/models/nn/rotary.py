@@ -16,6 +16,7 @@ def rotate(
   x: Float[Array, 'batch length heads head_dim'],
   position: int | Int[Array, ''] | Int[Array, 'batch'],
   grid: tuple[int, int],
+  of_inputs: bool = False,
 ) -> Float[Array, 'batch length heads head_dim']:
   """Rotates queries or keys by the rows and columns of their positions.
 
@@ -29,6 +30,9 @@ def rotate(
     position: the first position of x in raster order, in all rows of the batch or in each. Positions
       beyond the grid count as the last one.
     grid: rows and columns.
+    of_inputs: whether a position has the row and the column of its input, the image token before it,
+      as in LlamaGen, rather than those of the token that it predicts. What comes before the first
+      image token then has no place, and its vectors become 0.
 
   Returns:
     The rotated vectors, in the dtype of x. They are computed in float32.
@@ -36,12 +40,17 @@ def rotate(
   rows, columns = grid
   head_dim = x.shape[-1]
   positions = jnp.asarray(position)[..., None] + jnp.arange(x.shape[1])
+  if of_inputs:
+    positions = positions - 1
+  has_place = positions >= 0
   positions = jnp.minimum(positions, rows * columns - 1)
   speeds = (THETA ** (-4 * np.arange(head_dim // 4) / head_dim)).astype(np.float32)
   places = jnp.stack([positions // columns, positions % columns], axis=-1).astype(jnp.float32)
   angles = places[..., None] * speeds  # [length, 2, head_dim / 4], perhaps with batch before.
   angles = angles.reshape(positions.shape + (1, head_dim // 2))  # The same for all heads.
   cosine, sine = jnp.cos(angles), jnp.sin(angles)
+  if of_inputs:
+    cosine, sine = (jnp.where(has_place[..., None, None], part, 0.0) for part in (cosine, sine))
   pairs = x.astype(jnp.float32).reshape(x.shape[:-1] + (head_dim // 2, 2))
   first, second = pairs[..., 0], pairs[..., 1]
   turned = jnp.stack([first * cosine - second * sine, first * sine + second * cosine], axis=-1)

@@ -92,14 +92,15 @@ class DecoderState(flax.struct.PyTreeNode):
       `advanced` support several.
     caches: for each layer, keys and values of its self-attention. The layer's AttentionPattern
       defines the number of slots, and which slot holds which position.
-    texts: for each layer, keys and values of its cross-attention to the text.
+    texts: for each layer, keys and values of its cross-attention to the text; or of its
+      self-attention, of a text that comes before the first position. None if there is none.
     text_mask: True where a text token may be attended to.
     start: the input of the first position, if the text determines it; None if it is always the same.
   """
 
   position: Int[Array, ''] | Int[Array, 'batch']
   caches: list[attention.KeysValues]
-  texts: list[TextKeysValues]
+  texts: list[TextKeysValues | None]
   text_mask: Bool[Array, 'batch 1 1 text_length']
   start: Float[Array, 'batch embed'] | None = None
 
@@ -131,7 +132,8 @@ class DecoderState(flax.struct.PyTreeNode):
 class DecoderBlock(nn.Module):
   """Causal self-attention, cross-attention to the text, and MLP.
 
-  The attributes are those of EncoderBlock.
+  Without cross-attention (`BlockOptions.cross_attention`), self-attention attends to the text, which
+  comes before the image tokens. The attributes are those of EncoderBlock.
   """
 
   width: int
@@ -146,9 +148,10 @@ class DecoderBlock(nn.Module):
     sizes = self.width, self.heads, self.dtype, self.options
     self.attention = attention.PatternedSelfAttention(*sizes)
     self.attention_out_norm = self.options.make_norm_after(self.dtype)
-    self.cross_norm = self.options.make_norm(self.dtype)
-    self.cross_attention = attention.CrossAttention(*sizes)
-    self.cross_out_norm = self.options.make_norm_after(self.dtype)
+    if self.options.cross_attention:
+      self.cross_norm = self.options.make_norm(self.dtype)
+      self.cross_attention = attention.CrossAttention(*sizes)
+      self.cross_out_norm = self.options.make_norm_after(self.dtype)
     self.mlp_norm = self.options.make_norm(self.dtype)
     self.mlp = self.options.make_mlp(self.width, self.mlp_width, self.dtype)
     self.drop = layers.Dropout(self.dropout)
@@ -156,7 +159,7 @@ class DecoderBlock(nn.Module):
   def __call__(
     self,
     x: Float[Array, 'batch length embed'],
-    text: Float[Array, 'batch text_length features'] | TextKeysValues,
+    text: Float[Array, 'batch text_length features'] | TextKeysValues | None,
     text_mask: Bool[Array, 'batch 1 1 text_length'],
     patterns: Sequence[attention_patterns.AttentionPattern],
     index: int | Int[Array, ''] = 0,
@@ -165,21 +168,23 @@ class DecoderBlock(nn.Module):
     """Computes a whole sequence.
 
     Args:
-      x: input of the block.
-      text: the output of the text encoder, or the result of `keys_values`.
+      x: input of the block. Without cross-attention it begins with the text.
+      text: the output of the text encoder, or the result of `keys_values`; None without
+        cross-attention.
       text_mask: True where a text token may be attended to.
       patterns: attention patterns of the image tokens.
       index: which pattern this block uses.
       dropout_keys: keys of this block; None if dropout is off.
     """
     x = nn.with_logical_constraint(x, layers.ACTIVATION)
-    attended = self.attention(self.attention_norm(x), patterns, index)
+    prefix_mask = None if self.options.cross_attention else text_mask
+    attended = self.attention(self.attention_norm(x), patterns, index, prefix_mask)
     return self._after_self_attention(x, attended, text, text_mask, dropout_keys)
 
   def decode(
     self,
     x: Float[Array, 'batch length embed'],
-    text: TextKeysValues,
+    text: TextKeysValues | None,
     text_mask: Bool[Array, 'batch 1 1 text_length'],
     cache: attention.KeysValues,
     position: Int[Array, ''] | Int[Array, 'batch'],
@@ -189,7 +194,7 @@ class DecoderBlock(nn.Module):
 
     Args:
       x: input of the block.
-      text: the result of `keys_values`.
+      text: the result of `keys_values`, or of `prefill` without cross-attention.
       text_mask: True where a text token may be attended to.
       cache: keys and values of the positions before x.
       position: the first position of x, in all rows or, if x has a single one, in each.
@@ -199,13 +204,15 @@ class DecoderBlock(nn.Module):
       The output, and the cache with the positions of x.
     """
     x = nn.with_logical_constraint(x, layers.ACTIVATION)
-    attended, cache = self.attention.decode(self.attention_norm(x), cache, position, pattern)
+    attended, cache = self.attention.decode(
+      self.attention_norm(x), cache, position, pattern, self._prefix(text, text_mask)
+    )
     return self._after_self_attention(x, attended, text, text_mask), cache
 
   def decode_from_cache(
     self,
     x: Float[Array, 'batch 1 embed'],
-    text: TextKeysValues,
+    text: TextKeysValues | None,
     text_mask: Bool[Array, 'batch 1 1 text_length'],
     cache: attention.KeysValues,
     position: Int[Array, ''] | Int[Array, 'batch'],
@@ -217,13 +224,14 @@ class DecoderBlock(nn.Module):
     The arguments are those of `decode`, and the query of `project`.
     """
     x = nn.with_logical_constraint(x, layers.ACTIVATION)
-    attended = self.attention.attend_from_cache(query, cache, position, pattern)
+    prefix = self._prefix(text, text_mask)
+    attended = self.attention.attend_from_cache(query, cache, position, pattern, prefix)
     return self._after_self_attention(x, attended, text, text_mask)
 
   def decode_ahead(
     self,
     x: Float[Array, 'batch length embed'],
-    text: TextKeysValues,
+    text: TextKeysValues | None,
     text_mask: Bool[Array, 'batch 1 1 text_length'],
     cache: attention.KeysValues,
     position: Int[Array, 'batch'],
@@ -237,22 +245,24 @@ class DecoderBlock(nn.Module):
     entry of `project`.
     """
     x = nn.with_logical_constraint(x, layers.ACTIVATION)
-    attended = self.attention.attend_ahead(query, *entry, cache, position, pattern)
+    prefix = self._prefix(text, text_mask)
+    attended = self.attention.attend_ahead(query, *entry, cache, position, pattern, prefix)
     return self._after_self_attention(x, attended, text, text_mask)
 
   def _after_self_attention(
     self,
     x: Float[Array, 'batch length embed'],
     attended: Float[Array, 'batch length embed'],
-    text: Float[Array, 'batch text_length features'] | TextKeysValues,
+    text: Float[Array, 'batch text_length features'] | TextKeysValues | None,
     text_mask: Bool[Array, 'batch 1 1 text_length'],
     dropout_keys: layers.DropoutKeys | None = None,
   ) -> Float[Array, 'batch length embed']:
     """Computes what follows self-attention: the residual connection, cross-attention and MLP."""
     keys = [layers.fold(dropout_keys, site) for site in range(3)]
     x = x + self.drop(_normed(self.attention_out_norm, attended), keys[0])
-    attended = self.cross_attention(self.cross_norm(x), text, text_mask)
-    x = x + self.drop(_normed(self.cross_out_norm, attended), keys[1])
+    if self.options.cross_attention:
+      attended = self.cross_attention(self.cross_norm(x), text, text_mask)
+      x = x + self.drop(_normed(self.cross_out_norm, attended), keys[1])
     x = x + self.drop(self.mlp(self.mlp_norm(x)), keys[2])
     return nn.with_logical_constraint(x, layers.ACTIVATION)
 
@@ -272,6 +282,31 @@ class DecoderBlock(nn.Module):
       position: the first position of x, in all rows or in each.
     """
     return self.attention.project(self.attention_norm(x), position)
+
+  def _prefix(
+    self, text: TextKeysValues | None, text_mask: Bool[Array, 'batch 1 1 text_length']
+  ) -> Sequence[attention.Part]:
+    """Returns what self-attention attends to besides image tokens."""
+    return () if self.options.cross_attention or text is None else ((*text, text_mask),)
+
+  def prefill(
+    self,
+    x: Float[Array, 'batch text_length embed'],
+    text_mask: Bool[Array, 'batch 1 1 text_length'],
+  ) -> tuple[Float[Array, 'batch text_length embed'], TextKeysValues]:
+    """Computes the text that comes before the image tokens, without cross-attention.
+
+    Args:
+      x: input of the block.
+      text_mask: True where it may be attended to.
+
+    Returns:
+      The output, and keys and values of self-attention.
+    """
+    x = nn.with_logical_constraint(x, layers.ACTIVATION)
+    attended, key, value = self.attention.prefill(self.attention_norm(x), text_mask)
+    x = self._after_self_attention(x, attended, None, text_mask)
+    return x, (key.swapaxes(1, 2), value.swapaxes(1, 2))
 
   def keys_values(self, encoded: Float[Array, 'batch text_length features']) -> TextKeysValues:
     """Returns keys and values of cross-attention to the text."""
@@ -376,8 +411,10 @@ class Decoder(nn.Module):
     """Decodes a whole sequence, or with a state the next positions.
 
     Args:
-      x: input of the first layer.
-      encoded: the output of the text encoder; not used with a state, which holds the text.
+      x: input of the first layer. A whole sequence begins with the text if the blocks have no
+        cross-attention, and so does the result.
+      encoded: the output of the text encoder; not used with a state, which holds the text, and
+        without cross-attention.
       text_mask: True where a text token may be attended to; not used with a state.
       state: the result of `init_state` or of the previous call; None for a whole sequence.
       dropout_keys: keys of the decoder, or None if dropout is off; without a state.
@@ -406,8 +443,9 @@ class Decoder(nn.Module):
         )
         caches.append(cache)
       return self.norm(x), state.replace(position=state.position + x.shape[1], caches=caches)
-    assert encoded is not None and text_mask is not None
-    inputs = x[:1], encoded[:1], text_mask[:1], self.patterns
+    assert text_mask is not None and (encoded is not None) == self.options.cross_attention
+    first = None if encoded is None else encoded[:1]
+    inputs = x[:1], first, text_mask[:1], self.patterns
     stacked = layer_stack.parameters(self, self.block, self.num_layers, *inputs)
 
     def layer(params, place, x, text, keys):
@@ -460,13 +498,14 @@ class Decoder(nn.Module):
     """Returns the state before the first position.
 
     Args:
-      encoded: the output of the text encoder.
+      encoded: the output of the text encoder; without cross-attention, the first layer's input at the
+        text that comes before the first position.
       text_mask: True where a text token may be attended to.
       length: number of positions to decode. The cache of a layer has slots for those that later
         positions attend to.
       int8_cache: whether to hold the keys and values of the text and of positions in int8.
     """
-    texts = [_apply(self.block, params, encoded, method='keys_values') for params in self._layers()]
+    texts = self._texts(encoded, text_mask)
     if int8_cache:
       texts = [jax.tree.map(quantization.quantize_vectors, text) for text in texts]
     kv_heads = self.heads if self.options.kv_heads is None else self.options.kv_heads
@@ -477,6 +516,24 @@ class Decoder(nn.Module):
       empty: Any = _empty_int8(shape) if int8_cache else _zeros(shape, self.dtype)
       caches.append((empty, empty))
     return DecoderState(jnp.int32(0), caches, texts, text_mask)
+
+  def _texts(
+    self,
+    encoded: Float[Array, 'batch text_length features'],
+    text_mask: Bool[Array, 'batch 1 1 text_length'],
+  ) -> list[TextKeysValues | None]:
+    """Returns `DecoderState.texts`; the arguments are those of `init_state`."""
+    if self.options.cross_attention:
+      return [
+        _apply(self.block, params, encoded, method='keys_values') for params in self._layers()
+      ]
+    texts: list[TextKeysValues | None] = []
+    for params in self._layers():
+      text = None
+      if encoded.shape[1]:
+        encoded, text = _apply(self.block, params, encoded, text_mask, method='prefill')
+      texts.append(text)
+    return texts
 
   def _layers(self) -> list[PyTree]:
     """Returns the parameters of each layer."""
