@@ -75,6 +75,7 @@ class FakePipeline:
   codebook_size = 16
   model_name = 'fake'
   text_length = 1000
+  config = types.SimpleNamespace()
 
   def __init__(self, draw, ranker=None):
     self.draw = draw

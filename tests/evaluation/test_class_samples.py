@@ -4,6 +4,7 @@ import argparse
 import collections
 import json
 import shutil
+import types
 import zipfile
 
 import evaluation_fakes as fakes
@@ -127,6 +128,17 @@ def test_ids_and_templates_as_texts(pipeline, flags, tmp_path):
   run(*flags, '--label=id', f'--output_dir={tmp_path}/ids')
   assert set(pipeline.generated[0]) == {'0', '1', '2'}
   pipeline.generated.clear()
+  pipeline.ranker = fakes.FakeRanker(draw)  # Reads the names, even where the model reads numbers.
+  run(*flags, '--label=id', f'--output_dir={tmp_path}/ranked')
+  found = json.loads((tmp_path / 'ranked' / 'report.json').read_text())['recognized']
+  expected = [draw(str(index % 3), index) for index in range(15)]
+  names = pipeline.ranker.text_features(NAMES)
+  cosines = [
+    pipeline.ranker.image_features(image[None])[0] @ names[index % 3]
+    for index, image in enumerate(expected)
+  ]
+  assert found['alignment']['mean'] == pytest.approx(np.mean(cosines), abs=1e-6)
+  pipeline.generated.clear()
   run(*flags, '--template=a photo of a {}', f'--output_dir={tmp_path}/texts')
   assert pipeline.generated[0][0] == 'a photo of a tench'
 
@@ -188,6 +200,15 @@ def test_bad_flags(pipeline, tmp_path, flags_given, message):
 def test_bad_values(pipeline, flags, tmp_path, flag, message):
   with pytest.raises(UserError, match=message):
     run(*flags, flag, f'--output_dir={tmp_path}/out')
+  assert not (tmp_path / 'out').exists() and not pipeline.generated
+
+
+def test_a_model_of_numbered_classes(pipeline, flags, tmp_path, monkeypatch):
+  monkeypatch.setattr(pipeline, 'config', types.SimpleNamespace(classes=2))
+  with pytest.raises(UserError, match='the model fake draws classes by their numbers'):
+    run(*flags, f'--output_dir={tmp_path}/out')
+  with pytest.raises(UserError, match='has 3 classes, but the model fake knows 2'):
+    run(*flags, '--label=id', f'--output_dir={tmp_path}/out')
   assert not (tmp_path / 'out').exists() and not pipeline.generated
 
 

@@ -196,7 +196,6 @@ def test_the_table_names_its_features_and_omits_empty_columns(sets):
 
 
 def test_logits_give_an_inception_score():
-  pytest.importorskip('torch_fidelity.metric_isc')
   # Ten pictures of each of ten classes, each with a confident class: the score is at most 10.
   logits = np.tile(20 * np.eye(10, dtype=np.float32), (50, 1))
   sure = features.Features(np.random.default_rng(0).normal(size=(500, 4)), logits)

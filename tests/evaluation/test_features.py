@@ -3,10 +3,14 @@
 import evaluation_fakes as fakes
 import numpy as np
 import pytest
+import safetensors.numpy
+from flax import traverse_util
 
 from parti_jax.core.errors import UserError
 from parti_jax.evaluation.metrics import distribution
 from parti_jax.evaluation.metrics import features
+from parti_jax.importers import inception_file
+from parti_jax.models import inception
 
 
 def test_pictures_are_resized_without_aliasing():
@@ -50,39 +54,53 @@ def test_available_networks_are_used():
   assert extractor.image_size == fakes.SIZE
 
 
+SMALL = inception.Inception(size=75, divisor=16)
+
+
 @pytest.fixture(name='weights', scope='module')
 def fixture_weights(tmp_path_factory):
-  """A file in the format of Inception's weights, with random values."""
-  torch = pytest.importorskip('torch')
-  module = pytest.importorskip('torch_fidelity.feature_extractor_inceptionv3')
-  torch.manual_seed(0)
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(module, 'load_state_dict_from_url', lambda *args, **kwargs: {})
-    patch.setattr(module.FeatureExtractorInceptionV3, 'load_state_dict', lambda self, state: None)
-    network = module.FeatureExtractorInceptionV3('random', ['2048'])
-  path = tmp_path_factory.mktemp('weights') / features.INCEPTION_FILE
-  torch.save(network.state_dict(), path)
-  return path
+  """A file in the format of Inception's weights, of a small network."""
+  draw = np.random.default_rng(0)
+  arrays = {}
+  shapes = traverse_util.flatten_dict(inception.abstract_params(SMALL), sep='/')
+  for path, source in inception_file.key_map(SMALL).items():
+    shape = shapes[path].shape
+    order = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[len(shape)]
+    scale = (2 / np.prod(shape[:-1])) ** 0.5 if len(shape) == 4 else 0.1
+    values = draw.normal(size=shape, scale=scale)
+    values += path.endswith(('scale', 'variance'))
+    arrays[source.names[0]] = np.ascontiguousarray(values.astype(np.float32).transpose(order))
+  path = tmp_path_factory.mktemp('weights') / 'inception.safetensors'
+  safetensors.numpy.save_file(arrays, path)
+  return str(path)
 
 
-def test_inception_through_torch_fidelity(weights):
-  extractor = features.Inception(str(weights), image_size=32)
+def test_inceptions_features_come_in_batches_of_any_size(weights):
+  extractor = features.Inception(weights, image_size=32, spatial=True, module=SMALL)
   images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
   found = features.extract(extractor, [images[:1], images[1:]])
-  assert found.values.shape == (3, 2048) and found.logits.shape == (3, 1008)
-  assert np.ptp(found.values, axis=0).max() > 0
-  assert features.INCEPTION_FILE in extractor.name and '32 pixels' in extractor.name
-  assert extractor.texts(['a']) is None
+  whole = features.extract(extractor, [images])
+  assert found.values.shape == (3, 128) and found.logits.shape == (3, 1008)
+  assert found.spatial.shape == (3, 3 * 3 * 7)
+  for name in ('values', 'logits', 'spatial'):
+    np.testing.assert_array_equal(getattr(found, name), getattr(whole, name))
+    assert np.ptp(getattr(found, name), axis=0).max() > 0
+  np.testing.assert_array_equal(found[[2, 0]].spatial, whole.spatial[[2, 0]])
+  assert 'inception.safetensors' in extractor.name and '32 pixels' in extractor.name
+  assert extractor.texts(['a']) is None and len(extractor.digest) == 64
+  plain = features.Inception(weights, image_size=32, module=SMALL)(features.resized(images, 32))
+  assert plain.spatial is None
+  np.testing.assert_array_equal(plain.values, found.values)
 
 
-@pytest.mark.parametrize('content', [b'no weights', b'', {'fc.weight': [1.0]}])
+@pytest.mark.parametrize('content', [b'no weights', b''])
 def test_a_file_with_other_content(tmp_path, content):
-  torch = pytest.importorskip('torch')
-  pytest.importorskip('torch_fidelity')
   path = tmp_path / 'weights.pth'
-  if isinstance(content, bytes):
-    path.write_bytes(content)
-  else:
-    torch.save({key: torch.tensor(value) for key, value in content.items()}, path)
-  with pytest.raises(UserError, match='weights.pth does not hold weights of Inception v3'):
+  path.write_bytes(content)
+  with pytest.raises(UserError, match='weights.pth does not hold the weights of Inception v3'):
     features.Inception(str(path))
+
+
+def test_the_weights_of_another_network(weights):
+  with pytest.raises(UserError, match='does not hold the weights.*Conv2d_1a_3x3'):
+    features.Inception(weights)

@@ -1,7 +1,8 @@
-"""Tests of the Fréchet distance: closed forms of Gaussians, and torch-fidelity's own function."""
+"""Tests of the Fréchet distance: closed forms of Gaussians, and the functions of others."""
 
 import numpy as np
 import pytest
+import scipy.linalg
 
 from parti_jax.evaluation.metrics import frechet
 
@@ -66,3 +67,72 @@ def test_agrees_with_torch_fidelity():
   assert frechet.frechet_distance(*sets) == pytest.approx(
     theirs['frechet_inception_distance'], rel=1e-6
   )
+
+
+def _published(features, others):
+  """The formula as ADM's evaluator and the FID's first code compute it."""
+  one, other = (np.cov(part, rowvar=False) for part in (features, others))
+  apart = features.mean(axis=0) - others.mean(axis=0)
+  root = scipy.linalg.sqrtm(one @ other).real
+  return apart @ apart + np.trace(one) + np.trace(other) - 2 * np.trace(root)
+
+
+def test_agrees_with_the_root_of_the_product():
+  rng = np.random.default_rng(0)
+  sets = [rng.normal(size=(90, 8)) @ rng.normal(size=(8, 8)) + shift for shift in (0, 1)]
+  assert frechet.frechet_distance(*sets) == pytest.approx(_published(*sets), rel=1e-9)
+
+
+def test_sums_over_batches_are_those_of_the_whole():
+  # A mean far from 0, where sums of squares would lose the deviations.
+  features = np.random.default_rng(0).normal(loc=1e6, size=(100, 6))
+  parts = [frechet.Moments.of(features[start : start + 7]) for start in range(0, 100, 7)]
+  total = sum(parts[1:], parts[0])
+  reverse = sum(parts[-2::-1], parts[-1])
+  assert total.count == 100
+  for moments in (total, reverse):
+    found = moments.gaussian()
+    np.testing.assert_allclose(found.mean, features.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(found.covariance, np.cov(features, rowvar=False), rtol=1e-6)
+  with pytest.raises(ValueError, match='at least one picture'):
+    frechet.Moments.of(features[:0])
+
+
+def test_influences_are_the_derivative_by_a_pictures_weight():
+  rng = np.random.default_rng(0)
+  features = rng.normal(size=(40, 3)) @ rng.normal(size=(3, 3))
+  other = frechet.Gaussian.of(rng.normal(size=(50, 3)) + 0.5)
+
+  def weighted(weights):
+    weights = weights / weights.sum()
+    mean = weights @ features
+    apart = features - mean
+    return frechet.distance(frechet.Gaussian(mean, (weights[:, None] * apart).T @ apart), other)
+
+  uniform = np.full(len(features), 1 / len(features))
+  step = 1e-6
+  expected = []
+  for index in range(5):
+    towards = np.zeros(len(features))
+    towards[index] = 1
+    forward, backward = (
+      weighted((1 - sign * step) * uniform + sign * step * towards) for sign in (1, -1)
+    )
+    expected.append((forward - backward) / (2 * step))
+  mean = features.mean(axis=0)
+  population = frechet.Gaussian(mean, np.cov(features, rowvar=False, bias=True))
+  influence = frechet.Influence(population, other).of(features)
+  np.testing.assert_allclose(influence[:5], expected, rtol=1e-5, atol=1e-7)
+  assert influence.mean() == pytest.approx(0, abs=1e-9)
+
+
+def test_the_standard_error_is_the_spread_over_samples():
+  rng = np.random.default_rng(0)
+  other = frechet.Gaussian.of(1.5 * rng.normal(size=(5000, 4)) + 0.3)
+  distances, errors = [], []
+  for _ in range(200):
+    features = rng.normal(size=(400, 4))
+    one = frechet.Gaussian.of(features)
+    distances.append(frechet.distance(one, other))
+    errors.append(frechet.Influence(one, other).of(features).std(ddof=1) / 400**0.5)
+  assert np.mean(errors) == pytest.approx(np.std(distances), rel=0.15)

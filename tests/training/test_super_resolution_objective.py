@@ -16,6 +16,7 @@ from parti_jax.cli import main
 from parti_jax.core import gin_config
 from parti_jax.core.errors import UserError
 from parti_jax.exported_model import model_folder
+from parti_jax.importers import lpips_files
 from parti_jax.models import discriminator as discriminator_lib
 from parti_jax.models import flops
 from parti_jax.models import lpips
@@ -26,7 +27,6 @@ from parti_jax.sampling import text_to_image
 from parti_jax.training import configurables  # noqa: F401
 from parti_jax.training.objectives import adversarial
 from parti_jax.training.objectives import frozen_tokenizer
-from parti_jax.training.objectives import lpips_weights
 from parti_jax.training.objectives import super_resolution_objective
 
 TOKENIZER = tiny_configs.TOKENIZER
@@ -194,7 +194,7 @@ def test_perceptual_and_adversarial_losses_are_added(make_objective, monkeypatch
   weights = nn.meta.unbox(
     jax.jit(lambda: lpips.LPIPS().init(jax.random.key(5), *lpips.example_inputs()))()
   )['params']
-  monkeypatch.setattr(lpips_weights, 'read', lambda vgg16, heads: weights)
+  monkeypatch.setattr(lpips_files, 'read', lambda vgg16, heads: weights)
   params = nn.meta.unbox(jax.jit(objective.init)(jax.random.key(0)))
   pictures = batch(2)
   keys = layers.dropout_keys(jax.random.key(1), 2)

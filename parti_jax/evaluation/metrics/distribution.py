@@ -30,6 +30,7 @@ from jaxtyping import UInt8
 
 from parti_jax.evaluation.metrics import features as features_lib
 from parti_jax.evaluation.metrics import frechet
+from parti_jax.evaluation.metrics import inception_score
 from parti_jax.evaluation.metrics import precision_recall
 
 ROWS = {
@@ -43,7 +44,7 @@ ROWS = {
 
 # Parts of the pictures over which the inception score is averaged, as by Salimans et al. The score
 # of a part can't exceed its number of pictures, so it is meaningless for small parts.
-_SPLITS = 10
+_SPLITS = inception_score.SPLITS
 _LEAST_OF_A_SPLIT = 50
 # With fewer pictures, the balls of precision and recall, up to the third neighbour, are too large.
 _FEW_PICTURES = 100
@@ -317,33 +318,16 @@ def _row(
 
 
 def _distance(pictures: features_lib.Features, real: features_lib.Features) -> float | None:
-  """Returns the Fréchet distance; computed by torch-fidelity for Inception's features."""
   if min(len(pictures), len(real)) < 2:
     return None
-  if pictures.logits is None:
-    return frechet.frechet_distance(pictures.values, real.values)
-  import torch
-  from torch_fidelity import metric_fid
-
-  statistics = [
-    metric_fid.fid_features_to_statistics(torch.from_numpy(part.values))
-    for part in (pictures, real)
-  ]
-  return metric_fid.fid_statistics_to_metric(*statistics, verbose=False)[metric_fid.KEY_METRIC_FID]
+  return frechet.frechet_distance(pictures.values, real.values)
 
 
 def _inception_score(pictures: features_lib.Features) -> Estimate | None:
-  """Returns exp of the mean KL divergence of p(class | picture) from p(class), by torch-fidelity.
-
-  Salimans et al. 2016, arXiv 1606.03498, section 4.
-  """
   if pictures.logits is None or len(pictures) < _SPLITS * _LEAST_OF_A_SPLIT:
     return None
-  import torch
-  from torch_fidelity import metric_isc
-
-  score = metric_isc.isc_features_to_metric(torch.from_numpy(pictures.logits), splits=_SPLITS)
-  return Estimate(score[metric_isc.KEY_METRIC_ISC_MEAN], score[metric_isc.KEY_METRIC_ISC_STD])
+  scores = inception_score.shuffled(pictures.logits, _SPLITS)
+  return Estimate(float(np.mean(scores)), float(np.std(scores)))
 
 
 def _fit(

@@ -1,29 +1,33 @@
 """Features of pictures, over which sets of pictures are compared.
 
-There are two kinds: those of Inception v3 with the FID's weights, computed by torch-fidelity, and
-the picture features of a ranker, which need no download. Reports name the features, since values
-over different features aren't comparable.
+There are two kinds: those of Inception v3 with the FID's weights, and the picture features of a
+ranker, which need no download. Reports name the features, since values over different features
+aren't comparable.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import pickle
 import warnings
+from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Sequence
+from typing import Any
 from typing import NamedTuple
 from typing import Protocol
 
+import jax
 import numpy as np
 from jaxtyping import Float32
 from jaxtyping import UInt8
 from PIL import Image
 
-from parti_jax.core import storage
 from parti_jax.core.errors import UserError
 from parti_jax.evaluation.metrics import clip_score
+from parti_jax.importers import inception_file
+from parti_jax.models import inception
+from parti_jax.partitioning import device_groups
 
 # The original file name; torch-fidelity's releases contain the same file as
 # weights-inception-2015-12-05-6726825d.pth.
@@ -31,8 +35,8 @@ INCEPTION_FILE = 'pt_inception-2015-12-05-6726825d.pth'
 
 # Maximum height and width of the pictures that Inception compares.
 LARGEST_SIZE = 4096
-# Pictures processed by a network at once.
-_BATCH = 32
+# Pictures that an accelerator processes at once.
+_GROUP = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,16 +46,22 @@ class Features:
   Attributes:
     values: the features.
     logits: logits of classes, for the inception score; None for a network without classes.
+    spatial: features of places in the pictures, for sFID; None unless they were asked for.
   """
 
   values: Float32[np.ndarray, 'pictures dim']
   logits: Float32[np.ndarray, 'pictures classes'] | None = None
+  spatial: Float32[np.ndarray, 'pictures spatial'] | None = None
 
   def __len__(self):
     return len(self.values)
 
   def __getitem__(self, chosen) -> Features:
-    return Features(self.values[chosen], None if self.logits is None else self.logits[chosen])
+    return Features(
+      self.values[chosen],
+      None if self.logits is None else self.logits[chosen],
+      None if self.spatial is None else self.spatial[chosen],
+    )
 
 
 class Published(NamedTuple):
@@ -93,66 +103,63 @@ class Extractor(Protocol):
 
 
 class Inception:
-  """Inception v3 as defined for the FID, from torch-fidelity: its pool of 2,048 features.
+  """Inception v3 as defined for the FID: its pool of 2,048 features.
 
-  The network itself resizes to 299 pixels like TensorFlow 1, as the FID's definition requires.
+  The network itself resizes to 299 pixels like TensorFlow 1, as the FID's definition requires. It
+  runs on all devices of this process; the features of a picture depend neither on their number nor
+  on the batch.
+
+  Attributes:
+    digest: SHA-256 of the file of weights.
   """
 
   resizes = False
 
-  def __init__(self, weights: str, image_size: int = 256):
-    """Loads the weights; uses a GPU if torch finds one.
+  def __init__(
+    self,
+    weights: str,
+    image_size: int = 256,
+    spatial: bool = False,
+    module: inception.Inception = inception.PUBLISHED,
+  ):
+    """Loads the weights.
 
     Args:
       weights: path of torch-fidelity's file, INCEPTION_FILE.
       image_size: height and width at which pictures are compared.
+      spatial: whether to compute features of places, for sFID.
+      module: the network.
 
     Raises:
-      UserError: the file holds other weights.
-      ImportError: torch-fidelity is not installed.
+      UserError: the file is missing or damaged, or holds other weights.
     """
-    import torch
-    from torch_fidelity import utils
-
-    self._torch = torch
-    self._device = 'cuda' if torch.cuda.is_available() else 'cpu'
     self.image_size = image_size
     self.name = f'Inception v3 ({os.path.basename(weights)}), pictures of {image_size} pixels'
-    if os.path.isfile(weights):
-      storage.check_size(weights, storage.MAX_WEIGHTS)
     try:
-      # torch-fidelity unpickles anything in the file; this call accepts only tensors.
-      torch.load(weights, map_location='cpu', weights_only=True)
-      self._network = utils.create_feature_extractor(
-        'inception-v3-compat',
-        ['2048', 'logits_unbiased'],
-        cuda=self._device == 'cuda',
-        feature_extractor_weights_path=weights,
-        verbose=False,
-      )
-    except (
-      OSError,
-      RuntimeError,
-      EOFError,
-      TypeError,
-      AttributeError,
-      KeyError,
-      pickle.UnpicklingError,
-    ) as error:
+      params, self.digest = inception_file.read(weights, module)
+    except UserError as error:
       raise UserError(
-        f'--inception_weights {weights} does not hold weights of Inception v3 in '
-        f"torch-fidelity's format; expected the file {INCEPTION_FILE}"
+        f'--inception_weights {weights} does not hold the weights of Inception v3, the file '
+        f'{INCEPTION_FILE} of torch-fidelity and pytorch-fid: {error}'
       ) from error
 
-  def __call__(self, images: UInt8[np.ndarray, 'pictures size size 3']) -> Features:
-    torch = self._torch
-    parts = []
-    with torch.no_grad():
-      for start in range(0, len(images), _BATCH):
-        batch = torch.from_numpy(images[start : start + _BATCH].transpose(0, 3, 1, 2).copy())
-        parts.append([part.cpu().numpy() for part in self._network(batch.to(self._device))])
-    values, logits = (np.concatenate(part) for part in zip(*parts))
-    return Features(values, logits)
+    apply: Callable[..., Any] = module.apply
+
+    def outputs(params, images):
+      found = apply({'params': params}, images)
+      return found if spatial else found._replace(spatial=None)
+
+    devices = jax.local_devices()
+    group = device_groups.GROUP if devices[0].platform == 'cpu' else _GROUP
+    self._run = device_groups.DeviceGroups(outputs, params, devices, group)
+
+  def __call__(self, images: UInt8[np.ndarray, 'pictures height width 3']) -> Features:
+    parts = self._run(images)()
+    pool, spatial, logits = (
+      None if part[0] is None else np.concatenate(part)[: len(images)] for part in zip(*parts)
+    )
+    assert pool is not None and logits is not None
+    return Features(pool, logits, spatial)
 
   def texts(self, captions: Sequence[str]) -> None:
     del captions
@@ -234,8 +241,12 @@ def extract(
 
 def concatenated(parts: Sequence[Features]) -> Features:
   """Joins the features of several batches."""
-  logits = None if parts[0].logits is None else np.concatenate([part.logits for part in parts])
-  return Features(np.concatenate([part.values for part in parts]), logits)
+  values, logits, spatial = (
+    None if found[0] is None else np.concatenate(found)
+    for found in zip(*((part.values, part.logits, part.spatial) for part in parts))
+  )
+  assert values is not None
+  return Features(values, logits, spatial)
 
 
 def of_flags(model, inception_weights: str | None, image_size: int) -> list[Extractor]:

@@ -1,4 +1,4 @@
-"""The Fréchet distance between two sets of pictures, over given features.
+"""The Fréchet distance between two sets of pictures, over given features, and its standard error.
 
 Each set is summarized as a Gaussian over its features. The distance is the squared 2-Wasserstein
 distance of the Gaussians (Heusel et al. 2017, arXiv 1706.08500, equation 6):
@@ -20,6 +20,49 @@ from jaxtyping import Float64
 
 
 @dataclasses.dataclass(frozen=True)
+class Moments:
+  """Sums over a set's features, which batches and processes compute separately and then add.
+
+  They are kept about the mean (Chan et al. 1979), so that float64 loses nothing where the features'
+  deviations are small beside their mean.
+
+  Attributes:
+    count: number of pictures.
+    mean: mean of their features.
+    scatter: sum of the products of the features' deviations from the mean.
+  """
+
+  count: int
+  mean: Float64[np.ndarray, 'dim']
+  scatter: Float64[np.ndarray, 'dim dim']
+
+  @classmethod
+  def of(cls, features: Float[np.ndarray, 'pictures dim']) -> Moments:
+    """Sums over the features of at least one picture."""
+    if features.ndim != 2 or not len(features):
+      raise ValueError(f'features are {list(features.shape)}; at least one picture is needed')
+    features = features.astype(np.float64)
+    mean = features.mean(axis=0)
+    features -= mean
+    return cls(len(features), mean, features.T @ features)
+
+  def __add__(self, other: Moments) -> Moments:
+    count = self.count + other.count
+    apart = other.mean - self.mean
+    return Moments(
+      count,
+      self.mean + apart * (other.count / count),
+      self.scatter + other.scatter + np.outer(apart, apart) * (self.count * other.count / count),
+    )
+
+  def gaussian(self) -> Gaussian:
+    """Estimates the Gaussian of at least two pictures."""
+    if self.count < 2:
+      raise ValueError('the features of at least two pictures are needed')
+    return Gaussian(self.mean, self.scatter / (self.count - 1))
+
+
+@dataclasses.dataclass(frozen=True)
 class Gaussian:
   """Mean and covariance of a set's features.
 
@@ -36,16 +79,16 @@ class Gaussian:
     """Estimates the Gaussian of the features of at least two pictures."""
     if features.ndim != 2 or len(features) < 2:
       raise ValueError(f'features are {list(features.shape)}; at least two pictures are needed')
-    features = features.astype(np.float64)
-    return cls(features.mean(axis=0), np.atleast_2d(np.cov(features, rowvar=False)))
+    return Moments.of(features).gaussian()
 
 
 def distance(one: Gaussian, other: Gaussian) -> float:
   """Returns the squared 2-Wasserstein distance of two Gaussians.
 
-  tr((Σ₁ Σ₂)^½) is the sum of the singular values of Σ₁^½ Σ₂^½. This form also works for singular
-  covariances of fewer pictures than features. The square root of the product itself, which isn't
-  symmetric, would need special care there.
+  tr((Σ₁ Σ₂)^½) is the sum of the square roots of the eigenvalues of the symmetric Σ₁^½ Σ₂ Σ₁^½. They are
+  found as the singular values of its factor Σ₁^½ Σ₂^½, since the root of an eigenvalue of 0, but for
+  rounding, wouldn't be small. This form also works for singular covariances of fewer pictures than
+  features. The square root of the product itself, which isn't symmetric, would need special care there.
 
   Args:
     one: a Gaussian.
@@ -60,10 +103,50 @@ def distance(one: Gaussian, other: Gaussian) -> float:
   return float(between + within - 2 * np.linalg.svd(product, compute_uv=False).sum())
 
 
-def _root(covariance: Float64[np.ndarray, 'dim dim']) -> Float64[np.ndarray, 'dim dim']:
-  """Returns the symmetric square root of a covariance."""
+class Influence:
+  """How much each picture of a set moves the distance to another set: its influence function.
+
+  The standard error of a distance is the standard deviation of its pictures' influences, divided by
+  the root of their number (the delta method). The other set counts as fixed. The gradient of the
+  distance by the covariance Σ₁ is I − T, where T = Σ₁^−½ (Σ₁^½ Σ₂ Σ₁^½)^½ Σ₁^−½ transports one
+  Gaussian to the other (Dowson and Landau 1982).
+
+  Args:
+    one: the Gaussian of the pictures, with a covariance that isn't singular.
+    other: the Gaussian of the other set.
+  """
+
+  def __init__(self, one: Gaussian, other: Gaussian):
+    root = _root(one.covariance)
+    inner = _root(_symmetric(root @ other.covariance @ root))
+    inverse = _root(one.covariance, inverse=True)
+    self._mean = one.mean
+    self._slope = 2 * (one.mean - other.mean)
+    self._gradient = np.eye(len(root)) - inverse @ inner @ inverse
+    self._offset = float(np.sum(self._gradient * one.covariance))
+
+  def of(self, features: Float[np.ndarray, 'pictures dim']) -> Float64[np.ndarray, 'pictures']:
+    """Returns the influence of pictures of the set; its mean over the set is 0."""
+    apart = features.astype(np.float64) - self._mean
+    return apart @ self._slope + np.einsum('pd,pd->p', apart @ self._gradient, apart) - self._offset
+
+
+def _symmetric(matrix: Float64[np.ndarray, 'dim dim']) -> Float64[np.ndarray, 'dim dim']:
+  """Removes what rounding makes asymmetric."""
+  return (matrix + matrix.T) / 2
+
+
+def _root(
+  covariance: Float64[np.ndarray, 'dim dim'], inverse: bool = False
+) -> Float64[np.ndarray, 'dim dim']:
+  """Returns the symmetric square root of a covariance, or the inverse of that."""
   values, vectors = np.linalg.eigh(covariance)
-  return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+  values = values.clip(min=0)
+  if inverse:
+    # Directions without variance, but for rounding, have no influence.
+    kept = values > values.max(initial=0.0) * len(values) * np.finfo(np.float64).eps
+    values = np.divide(1.0, values, out=np.zeros_like(values), where=kept)
+  return (vectors * np.sqrt(values)) @ vectors.T
 
 
 def frechet_distance(

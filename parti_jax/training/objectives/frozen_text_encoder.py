@@ -33,7 +33,7 @@ from parti_jax.exported_model import model_folder
 from parti_jax.models import config_checks
 from parti_jax.models import parti_config
 from parti_jax.models import text_encoders
-from parti_jax.training.objectives import device_groups
+from parti_jax.partitioning import device_groups
 from parti_jax.training.objectives import initial_text_encoder
 
 # Settings that the features depend on only by rounding, or that text features state themselves.

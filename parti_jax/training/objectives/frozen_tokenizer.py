@@ -28,7 +28,7 @@ from parti_jax.exported_model import model_folder
 from parti_jax.models import image_tokenizers
 from parti_jax.models import pixels
 from parti_jax.models import vit_vqgan
-from parti_jax.training.objectives import device_groups
+from parti_jax.partitioning import device_groups
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -54,7 +54,7 @@ class SuperResolutionObjective(base.Objective):
     l2_weight: weight of the mean squared error (1.0 in ViT-VQGAN).
     l1_weight: weight of the mean absolute error (1.0 in WDSR, which has no other loss).
     perceptual_weight: weight of LPIPS (0.1 in ViT-VQGAN); 0 to omit it, which needs no files.
-    vgg16_weights: file of VGG16's weights for LPIPS (`lpips_weights.read`).
+    vgg16_weights: file of VGG16's weights for LPIPS (`parti_jax.importers.lpips_files`).
     lpips_weights: file of the linear layers of LPIPS.
     adversarial_weight: weight of the adversarial loss (0.1 in ViT-VQGAN); 0 for no discriminator.
     adversarial_from: the first step with an adversarial loss and training of the discriminator.

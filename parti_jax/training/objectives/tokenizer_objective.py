@@ -104,7 +104,7 @@ class TokenizerObjective(base.Objective):
       have flat areas of one color, tiny errors there dominate the gradient.
     quantizer_weight: weight of the quantizer's loss.
     perceptual_weight: weight of LPIPS (0.1 in ViT-VQGAN); 0 to omit it, which needs no files.
-    vgg16_weights: file of VGG16's weights for LPIPS (`lpips_weights.read`).
+    vgg16_weights: file of VGG16's weights for LPIPS (`parti_jax.importers.lpips_files`).
     lpips_weights: file of the linear layers of LPIPS.
     adversarial_weight: weight of the adversarial loss (0.1 in ViT-VQGAN); 0 for no discriminator.
     adversarial_adaptive: whether to multiply that weight by VQGAN's ratio of gradient norms

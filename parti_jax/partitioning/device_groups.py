@@ -1,7 +1,7 @@
 """Applies a network to groups of examples on all devices of this process.
 
 XLA's sums depend on the batch size in their last bits. Each device therefore computes groups of
-exactly `GROUP` examples, so that the result for an example depends neither on the number of devices
+exactly the same number of examples, so that the result for an example depends neither on the number of devices
 nor on the number of examples per call.
 """
 
@@ -26,9 +26,10 @@ class DeviceGroups:
   """A function of parameters and rows, compiled for groups of rows.
 
   Args:
-    function: takes the parameters and rows [GROUP, ...]; returns a tree of arrays [GROUP, ...].
+    function: takes the parameters and rows [group, ...]; returns a tree of arrays [group, ...].
     params: the parameters, which each device holds.
     devices: the devices.
+    group: number of examples that a device computes at once.
   """
 
   def __init__(
@@ -36,8 +37,9 @@ class DeviceGroups:
     function: Callable[[Any, Shaped[jax.Array, 'group ...']], Any],
     params: PyTree,
     devices: Sequence[jax.Device],
+    group: int = GROUP,
   ):
-    self._at_once = GROUP * len(devices)
+    self._at_once = group * len(devices)
     mesh = jax.sharding.Mesh(np.array(devices), ('device',))
     self._split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('device'))
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
