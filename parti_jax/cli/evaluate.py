@@ -412,7 +412,19 @@ def _captions(args: argparse.Namespace, shared: _Shared):
 
 def _imagenet(args: argparse.Namespace, shared: _Shared):
   """Draws pictures of classes; returns the same values as `_openmoji`."""
-  texts = class_names.read(args.classes).texts(args.label, args.template)
+  classes = class_names.read(args.classes)
+  texts = classes.texts(args.label, args.template)
+  known = getattr(shared.model.config, 'classes', None)
+  if known is not None and args.label != 'id':
+    raise UserError(
+      f'--label={args.label}: the model {shared.model.model_name} draws classes by their numbers; give '
+      '--label=id'
+    )
+  if known is not None and len(texts) > known:
+    raise UserError(
+      f'--classes {args.classes} has {len(texts):,} classes, but the model '
+      f'{shared.model.model_name} knows {known:,}'
+    )
   folder = output_folder.make(args.output_dir)
   sampling = _sampling(args)
   digest = output_folder.fingerprint(*(text.encode() for text in texts))
@@ -442,6 +454,7 @@ def _imagenet(args: argparse.Namespace, shared: _Shared):
     num_images=args.num_images,
     seed=args.seed,
     texts_digest=digest,
+    names=classes.texts('name', args.template) if classes.named else None,
     progress=True,
     batch_size=args.batch_size,
     **sampling,

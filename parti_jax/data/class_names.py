@@ -47,6 +47,11 @@ class Classes:
   def __len__(self) -> int:
     return len(self.keys)
 
+  @property
+  def named(self) -> bool:
+    """Whether the names say more than ImageNet's keys."""
+    return not all(map(is_wordnet_id, self.names))
+
   def texts(self, label: str, template: str = '{}') -> list[str]:
     """Returns the text of each class.
 
@@ -66,7 +71,7 @@ class Classes:
       if template != '{}':
         raise UserError(f'template={template!r} does not apply to label=id')
       return [str(number) for number in range(len(self))]
-    if all(map(is_wordnet_id, self.names)):
+    if not self.named:
       raise UserError(
         f'the classes have only the names of their folders, such as {self.names[0]}; give a file of '
         f'names with {_EXPECTED}'

@@ -72,7 +72,7 @@ class Report:
     sampling: settings that override the model's own.
     texts_cut: pictures whose text was cut to the model's text length.
     sha256: digest of the samples' pixels; None without an .npz.
-    recognized: what the ranker recognizes; None without a ranker, or if texts are numbers.
+    recognized: what the ranker recognizes; None without a ranker, or if classes have no names.
   """
 
   classes: int
@@ -174,6 +174,7 @@ def draw(
   num_images: int = 1,
   seed: int = 0,
   texts_digest: str = '',
+  names: Sequence[str] | None = None,
   progress: bool = False,
   batch_size: int | None = None,
   **sampling,
@@ -192,6 +193,7 @@ def draw(
     num_images: pictures drawn for each one; with several, the model's ranker keeps the best.
     seed: seed of the pictures. Each has its own noise.
     texts_digest: digest of the texts, for the report.
+    names: texts of the classes for the ranker; None if there are none.
     progress: whether to show bars on a terminal.
     batch_size: pictures generated at once.
     **sampling: fields of SamplingSettings.
@@ -232,7 +234,7 @@ def draw(
     sampling=sampling,
     texts_cut=shards.captions_cut(),
     sha256=digest,
-    recognized=_recognized(model, texts, per_class, shards) if label == 'name' else None,
+    recognized=None if names is None else _recognized(model, names, per_class, shards),
   )
   first = next(shards.batches())[: min(_SHOWN, len(texts))]
   return report, Shown(list(texts[: len(first)]), first)
