@@ -8,13 +8,13 @@ import sys
 import types
 
 import pytest
+import tiny_dalle_mini
 
 from parti_jax.core.errors import UserError
 from parti_jax.data import dalle_mini_texts
 from parti_jax.data import json_tokenizer
 from parti_jax.data import text_tokenizer
 from parti_jax.importers import tokenizer_files
-from tests import tiny_dalle_mini
 
 
 def test_min_dalle_keeps_ascii_and_the_names_of_emoji():

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_dalle_mini
 
 torch = pytest.importorskip('torch')
 min_dalle_models = pytest.importorskip('min_dalle.models')
@@ -20,7 +21,6 @@ from parti_jax.importers import key_map  # noqa: E402
 from parti_jax.models import dalle_mini  # noqa: E402
 from parti_jax.sampling import decoding  # noqa: E402
 from parti_jax.sampling import parameters  # noqa: E402
-from tests import tiny_dalle_mini  # noqa: E402
 
 # min-dalle's code has 256 image tokens.
 GRID, LENGTH = (16, 16), 256
