@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 import pathlib
-import zipfile
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -28,12 +26,11 @@ from parti_jax.core import storage
 from parti_jax.core.errors import UserError
 from parti_jax.importers import flax_files
 from parti_jax.importers import key_map
+from parti_jax.importers import npz_files
 from parti_jax.importers import t5x_files
 from parti_jax.importers import torch_files
 
 _TORCH = ('.pt', '.pth', '.bin', '.ckpt')
-# Deflate packs a byte of zeros in no less than 1 / 1032 bytes; more is a false size.
-_MOST_PACKED = 1100
 _ENDINGS = ('.safetensors', *_TORCH, '.msgpack', '.npz')
 
 
@@ -183,7 +180,7 @@ def _open(file: pathlib.Path) -> Mapping[str, key_map.StoredArray]:
     case '.safetensors':
       return dict(_safetensors(file))
     case '.npz':
-      return dict(_npz(file))
+      return _npz(file)
     case '.msgpack' | '':
       return flax_files.open_flax_file(file)
     case ending if ending in _TORCH:
@@ -233,43 +230,11 @@ def _safetensors(file: pathlib.Path) -> Iterator[tuple[str, _SafetensorsArray]]:
     raise UserError(f'{file} is damaged or unfinished ({error}); download it again') from error
 
 
-@dataclasses.dataclass(frozen=True)
-class _NpzArray:
-  file: pathlib.Path
-  name: str
-  shape: tuple[int, ...]
-  dtype: np.dtype
-
-  def read(self) -> np.ndarray:
-    try:
-      with np.load(self.file, allow_pickle=False) as opened:
-        return opened[self.name].view(self.dtype)
-    except (*torch_files.ZIP_ERRORS, KeyError) as error:
-      raise UserError(f'{self.file} is damaged at {self.name}: {error}') from error
-
-
-def _npz(file: pathlib.Path) -> Iterator[tuple[str, _NpzArray]]:
-  readers = {
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
+def _npz(file: pathlib.Path) -> dict[str, key_map.StoredArray]:
+  # numpy has no name for bfloat16, and stores it as two bytes without a meaning.
+  return {
+    name: dataclasses.replace(array, dtype=np.dtype(jnp.bfloat16))
+    if array.dtype == np.dtype('V2')
+    else array
+    for name, array in npz_files.open_npz(file).items()
   }
-  try:
-    with zipfile.ZipFile(file) as archive:
-      for member, info in torch_files.members_of(archive).items():
-        name = member.removesuffix('.npy')
-        if member == name:
-          raise ValueError(f'{member} is not a .npy')
-        with archive.open(member) as content:
-          shape, _, dtype = readers[np.lib.format.read_magic(content)](content)
-          size = info.file_size - content.tell()
-        if dtype.hasobject:
-          raise UserError(f'{file}: {name} holds Python objects, which are not read')
-        if math.prod(shape) * dtype.itemsize != size or info.file_size > _MOST_PACKED * max(
-          info.compress_size, 1
-        ):
-          raise ValueError(f'{name} {list(shape)} of {dtype} has {size} bytes')
-        # numpy has no name for bfloat16, and stores it as two bytes without a meaning.
-        dtype = np.dtype(jnp.bfloat16) if dtype == np.dtype('V2') else dtype
-        yield name, _NpzArray(file, name, shape, dtype)
-  except (*torch_files.ZIP_ERRORS, KeyError) as error:
-    raise UserError(f"{file} isn't a file of numpy.savez, or is damaged: {error!r}") from error
