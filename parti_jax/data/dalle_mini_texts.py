@@ -46,6 +46,8 @@ def dalle_mini(text: str) -> str:
   Raises:
     UserError: if a package is missing.
   """
+  if not text:
+    return ''
   ftfy, emoji, unidecode = (_package(name, text) for name in ('ftfy', 'emoji', 'unidecode'))
   text = html.unescape(html.unescape(ftfy.fix_text(text)))
   text = unidecode.unidecode(emoji.demojize(text)).lower()
