@@ -244,6 +244,18 @@ def test_prompts_that_the_model_cuts_are_named(pipeline, dpg, tmp_path, capsys):
   assert protocol['prompts_cut'] == ['a long prompt']
 
 
+def test_a_prompt_that_the_model_cannot_read(pipeline, dpg, tmp_path, monkeypatch):
+  encode = pipeline.encode_prompts
+  monkeypatch.setattr(
+    pipeline,
+    'encode_prompts',
+    lambda texts: encode(['' if 'two' in text else text for text in texts]),
+  )
+  with pytest.raises(UserError, match="cannot read the prompt 'two lines': prompt 1 is empty"):
+    run(dpg, '--format=dpg', f'--output_dir={tmp_path}/out')
+  assert not pipeline.generated and not (tmp_path / 'out').exists()
+
+
 @pytest.mark.parametrize(
   'form, content, message',
   [

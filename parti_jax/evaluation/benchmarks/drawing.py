@@ -28,14 +28,20 @@ def cut_prompts(model, prompts: Sequence[base.Prompt]) -> list[int]:
 
   Args:
     model: the result of `parti_jax.load`.
-    prompts: the prompts; none may be blank.
+    prompts: the prompts.
+
+  Raises:
+    UserError: the model can't read a prompt, such as one that its vocabulary leaves empty.
   """
   found = []
   for position, prompt in enumerate(prompts):
     with warnings.catch_warnings(record=True) as caught:
       warnings.simplefilter('always', UserWarning)
-      model.encode_prompts([prompt.text])
-    if caught:
+      try:
+        model.encode_prompts([prompt.text])
+      except UserError as error:
+        raise UserError(f'the model cannot read the prompt {prompt.text!r}: {error}') from error
+    if any(str(warning.message).startswith('prompt ') for warning in caught):
       found.append(position)
   return found
 
