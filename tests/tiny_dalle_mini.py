@@ -1,6 +1,7 @@
 """A tiny DALL·E mini in the form of the published files: arrays, config.json, vocab.json, merges.txt."""
 
 import json
+import re
 
 import flax.serialization
 import flax.traverse_util
@@ -30,6 +31,22 @@ SETTINGS = {
   'use_glu': True,
 }
 _MERGES = ('Ġ a', 'a n', 'Ġa n', 'c a', 'ca t', 'Ġ cat', 'e d', 'r ed', 'Ġ red', 't h', 'th e')
+
+# dalle-mini's names -> min-dalle's.
+_MIN_DALLE_NAMES = (
+  (r'^model/\w+/', ''),
+  (r'layers/FlaxBart\w+Layers/', 'layers/{}/'),
+  (r'FlaxBartAttention_0', 'self_attn'),
+  (r'FlaxBartAttention_1', 'encoder_attn'),
+  (r'GLU_0/LayerNorm_', 'glu/ln'),
+  (r'GLU_0/Dense_', 'glu/fc'),
+  (r'LayerNorm_0', 'pre_self_attn_layer_norm'),
+  (r'LayerNorm_1', 'self_attn_layer_norm'),
+  (r'LayerNorm_2', 'pre_encoder_attn_layer_norm'),
+  (r'LayerNorm_3', 'encoder_attn_layer_norm'),
+  (r'(kernel|scale|embedding)$', 'weight'),
+  (r'/', '.'),
+)
 
 
 def shapes(settings=SETTINGS):
@@ -72,6 +89,20 @@ def arrays(settings=SETTINGS, seed=0):
     found[name] = np.float32(0.3) * values if small else values
     if name.endswith('scale'):
       found[name] = 1 + np.float32(0.2) * values
+  return found
+
+
+def towers():
+  """{'encoder': {name: array}, 'decoder': ...} as min-dalle has them."""
+  found = {'encoder': {}, 'decoder': {}}
+  for name, array in arrays().items():
+    tower = 'encoder' if name.startswith('model/encoder') else 'decoder'
+    theirs = name
+    for pattern, replacement in _MIN_DALLE_NAMES:
+      theirs = re.sub(pattern, replacement, theirs)
+    change = np.transpose if name.endswith('kernel') else np.asarray
+    for layer, part in enumerate(array if '{}' in theirs else [array]):
+      found[tower][theirs.format(layer)] = np.ascontiguousarray(change(part))
   return found
 
 

@@ -75,7 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser):
     metavar='FILE',
     help="the network's text tokenizer: CLIP's tokenizer.json or a folder with its vocab.json and "
     "merges.txt; for siglip2 its tokenizer.json or Gemma's tokenizer.model; for t5 its spiece.model; "
-    'for dalle-mini as for CLIP (default: the folder of the weights)',
+    'for dalle-mini as for CLIP (default: the folder of the weights); '
+    "for llamagen's weights for classes (c2i) a file of their names (default: only their numbers)",
   )
   ranker.add_argument(
     '--config',
@@ -105,7 +106,19 @@ def add_arguments(parser: argparse.ArgumentParser):
     '--tokenizer',
     metavar='PATH',
     help='its image tokenizer: a folder that `parti-jax import tokenizer` or `export` wrote, or weights '
-    'of the same --format',
+    'of the format dalle-mini',
+  )
+  generator.add_argument(
+    '--text_encoder',
+    metavar='FOLDER',
+    help="the text encoder of llamagen's weights for texts (t2i): a folder that `parti-jax import "
+    'text_encoder` wrote',
+  )
+  generator.add_argument(
+    '--heads',
+    type=int,
+    metavar='NUMBER',
+    help="number of attention heads of llamagen's weights, of a width that was not published",
   )
   generator.add_argument(
     '--text_normalizer',
@@ -162,8 +175,8 @@ def run(args: argparse.Namespace) -> int:
         tokenizer_config=tokenizer.config,
         tokenizer_params=tokenizer.params,
         vocabulary_path=path,
-        sampling=found.sampling,
-        provenance=origin | tokenizer.origin,
+        sampling=found.sampling(config),
+        provenance=origin | tokenizer.origin | dict(found.provenance(given)),
         dtype=args.dtype,
         overwrite=args.overwrite,
       )

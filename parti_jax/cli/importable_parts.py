@@ -10,10 +10,12 @@ import dataclasses
 import functools
 import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
 
@@ -22,6 +24,8 @@ import flax.traverse_util
 from parti_jax.core import checks
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
+from parti_jax.data import class_names
+from parti_jax.data import class_tokenizer
 from parti_jax.data import text_tokenizer
 from parti_jax.data import vocabulary
 from parti_jax.exported_model import model_folder
@@ -33,6 +37,8 @@ from parti_jax.importers import dalle_mini
 from parti_jax.importers import enhancing_vit_vqgan
 from parti_jax.importers import files
 from parti_jax.importers import key_map
+from parti_jax.importers import llamagen
+from parti_jax.importers import min_dalle
 from parti_jax.importers import real_esrgan
 from parti_jax.importers import siglip
 from parti_jax.importers import t5
@@ -56,6 +62,8 @@ FLAGS = (
   'tokenizer',
   'text_normalizer',
   'start_token',
+  'text_encoder',
+  'heads',
 )
 # Share of the first file in an interpolation; the default of Real-ESRGAN's script.
 DENOISE_STRENGTH = 0.5
@@ -147,8 +155,13 @@ class Format(NamedTuple):
     tokenizer: the network's text tokenizer; None if it has none.
     preprocessing: says how pictures become the network's input, from the config.
     config_file: name of the file that is read for `Given.config`, if it lies next to the weights.
-    sampling: default settings of `generate`, of a generator.
+    sampling: makes the default settings of `generate`, of a generator, from the config.
     origin: more that the folder keeps about the origin of the weights, from the config.
+    others: parts of the parameters that come from elsewhere, from the config: {name: tree}.
+    provenance: what the folder keeps about the origin of such parts, by keys as
+      `model_folder.part_provenance` returns them.
+    open: lists the arrays in the files.
+    image_tokenizer: the format that the weights of a generator's image tokenizer have.
   """
 
   config_of: Callable[[Given], Any]
@@ -158,8 +171,14 @@ class Format(NamedTuple):
   tokenizer: Tokenizer | None = None
   preprocessing: Callable[[Given, Any], preprocessing.Preprocessing | None] = lambda *_: None
   config_file: str | None = None
-  sampling: sampling_settings.SamplingSettings = sampling_settings.SamplingSettings()
+  sampling: Callable[[Any], sampling_settings.SamplingSettings] = lambda _: (
+    sampling_settings.SamplingSettings()
+  )
   origin: Callable[[Given, Any], Mapping[str, Any]] = lambda *_: {}
+  others: Callable[[Given, Any], Mapping[str, Any]] = lambda *_: {}
+  provenance: Callable[[Given], Mapping[str, Any]] = lambda _: {}
+  open: Callable[[Sequence[str]], files.Weights] = files.open_weights
+  image_tokenizer: str | None = None
 
 
 class Part(NamedTuple):
@@ -198,7 +217,7 @@ def find(args: argparse.Namespace) -> Format:
   if 'tokenizer' in found.flags and args.tokenizer is None:
     raise UserError(
       "--tokenizer is required: the generator's image tokenizer, a folder that `parti-jax import "
-      f'tokenizer` wrote, or its weights of --format={args.format}'
+      f'tokenizer` wrote, or its weights of the format {found.image_tokenizer}'
     )
   return found
 
@@ -209,7 +228,7 @@ def open_files(args: argparse.Namespace, found: Format) -> Given:
   Raises:
     UserError: if a file is missing, damaged or of another format.
   """
-  weights = files.open_weights(args.files)
+  weights = found.open(args.files)
   if args.interpolate_with is not None:
     share = DENOISE_STRENGTH if args.denoise_strength is None else args.denoise_strength
     if not 0 <= share <= 1:
@@ -224,11 +243,11 @@ def open_files(args: argparse.Namespace, found: Format) -> Given:
   given = Given(weights, args.format, flags, config, preprocessor)
   if args.tokenizer is None:
     return given
-  return dataclasses.replace(given, image_tokenizer=_image_tokenizer(args.tokenizer, given))
+  return dataclasses.replace(given, image_tokenizer=_image_tokenizer(args.tokenizer, found, given))
 
 
-def _image_tokenizer(path: str, generator: Given) -> ImageTokenizer:
-  """Opens the image tokenizer of a generator: of our folder, or weights of the same format."""
+def _image_tokenizer(path: str, found: Format, generator: Given) -> ImageTokenizer:
+  """Opens the image tokenizer of a generator: of our folder, or weights of its format."""
   if storage.exists(storage.join(path, model_folder.parameter_file('tokenizer'))):
     if generator.flags['image_size'] is not None:
       raise UserError(f'--image_size is for weights; {path} says it for itself')
@@ -236,7 +255,11 @@ def _image_tokenizer(path: str, generator: Given) -> ImageTokenizer:
     origin = model_folder.part_provenance('tokenizer', path)
     return ImageTokenizer(part.config, part.params, origin)
   storage.check_local(path)
-  given = dataclasses.replace(generator, weights=files.open_weights([path]), config=None)
+  assert found.image_tokenizer is not None
+  weights = files.open_weights([path])
+  given = dataclasses.replace(
+    generator, weights=weights, file_format=found.image_tokenizer, config=None
+  )
   network = opened('tokenizer', PARTS['tokenizer'].formats[given.file_format], given)
   return ImageTokenizer(network.config, network.params(), {'tokenizer': origin_of(given)})
 
@@ -249,12 +272,14 @@ class Opened(NamedTuple):
     sources: {path of a parameter: the arrays that make it}.
     stored: {name: array in the files}.
     count: number of values of its parameters.
+    others: the result of `Format.others`.
   """
 
   config: Any
   sources: key_map.KeyMap
   stored: Mapping[str, key_map.StoredArray]
   count: int
+  others: Mapping[str, Any] = {}
 
   def params(self, progress: Callable[[], object] = lambda: None) -> dict[str, Any]:
     """Returns the tree of parameters, each of which is read when it is used.
@@ -265,7 +290,7 @@ class Opened(NamedTuple):
       progress: is called when a parameter has been read.
     """
     found = key_map.convert(self.sources, self.stored, progress)
-    return flax.traverse_util.unflatten_dict(found, sep='/')
+    return flax.traverse_util.unflatten_dict(found, sep='/') | dict(self.others)
 
 
 def opened(part: str, found: Format, given: Given) -> Opened:
@@ -282,9 +307,11 @@ def opened(part: str, found: Format, given: Given) -> Opened:
   config = found.config_of(given)
   sources = found.key_map(given, config)
   shapes = parameter_files.shapes(model_folder.abstract(part, config))
-  where = ', '.join(map(str, given.weights.files))
-  key_map.check(sources, given.arrays, shapes, where, tuple(found.ignored(given)))
-  return Opened(config, sources, given.arrays, sum(map(math.prod, shapes.values())))
+  where, others = ', '.join(map(str, given.weights.files)), found.others(given, config)
+  own = {path: shape for path, shape in shapes.items() if path.partition('/')[0] not in others}
+  key_map.check(sources, given.arrays, own, where, tuple(found.ignored(given)))
+  count = sum(map(math.prod, shapes.values()))
+  return Opened(config, sources, given.arrays, count, others)
 
 
 def origin_of(given: Given) -> dict[str, Any]:
@@ -424,6 +451,50 @@ def _text_normalizer(given: Given) -> str:
   return given.flags['text_normalizer'] or TEXT_NORMALIZER
 
 
+def _llamagen_config(given: Given):
+  assert given.image_tokenizer is not None
+  tokenizer = given.image_tokenizer.config
+  for file in given.weights.files:
+    named = re.search(r'_(256|384|512)$', os.path.splitext(os.path.basename(file))[0])
+    if named and int(named[1]) != tokenizer.image_size:  # The arrays don't show it.
+      raise UserError(
+        f'{file} is named as a generator of images of {named[1]} pixels, but the image tokenizer '
+        f'makes {tokenizer.image_size}; give its weights with --image_size={named[1]}, or a folder '
+        'that was imported so'
+      )
+  folder, encoder = given.flags['text_encoder'], None
+  if folder is not None:
+    encoder = model_folder.part_config('text_encoder', folder)
+    if given.flags['vocabulary'] is not None:
+      raise UserError('--vocabulary: the text tokenizer is that of --text_encoder; leave it out')
+  return llamagen.config_of(given.arrays, tokenizer.grid, encoder, given.flags['heads'])
+
+
+def _llamagen_tokenizer(path: str, given: Given) -> TokenizerFile:
+  """Returns the text tokenizer of a text encoder, or the names of classes, if they are given."""
+  if (folder := given.flags['text_encoder']) is not None:
+    part = model_folder.load_part('text_encoder', folder)
+    if part.vocabulary_path is None:
+      raise UserError(f'{folder} has no text tokenizer; import the text encoder again')
+    return TokenizerFile(text_tokenizer.read_file(part.vocabulary_path), part.lower_case)
+  count = llamagen.class_count(given.arrays)
+  names = None if given.flags['vocabulary'] is None else class_names.read(path)
+  return TokenizerFile(class_tokenizer.content(count, names))
+
+
+def _check_llamagen_tokenizer(tokenizer: text_tokenizer.TextTokenizer, config) -> None:
+  spare_rows = 0 if config.text_encoder is None else _T5_SPARE_ROWS
+  _check_generator_tokenizer(tokenizer, config, spare_rows)
+
+
+def _text_encoder_of_llamagen(given: Given, config) -> Mapping[str, Any]:
+  del config
+  folder = given.flags['text_encoder']
+  if folder is None:
+    return {}
+  return {'text_encoder': model_folder.load_part('text_encoder', folder).params}
+
+
 def _described_generator(config, count: int) -> str:
   return (
     f'a generator of {count:,} parameters, {config.decoder_layers} decoder layers of width '
@@ -466,31 +537,56 @@ def _clip_format(config_of: Callable[[Given], Any], **others: Any) -> Format:
   )
 
 
+_DALLE_MINI = Format(
+  _dalle_mini_config,
+  lambda given, config: dalle_mini.key_map(config, given.arrays, _dalle_mini_start(given, config)),
+  lambda given: (),
+  flags=('tokenizer', 'image_size', 'vocabulary', 'config', 'text_normalizer', 'start_token'),
+  tokenizer=Tokenizer(
+    "DALL·E mini's tokenizer.json, or a folder with its vocab.json and merges.txt",
+    lambda path, given: TokenizerFile(tokenizer_files.of_dalle_mini(path, _text_normalizer(given))),
+    functools.partial(_check_generator_tokenizer, spare_rows=_DALLE_MINI_SPARE_ROWS),
+    beside=True,
+  ),
+  config_file='config.json',
+  # The authors' notebook.
+  sampling=lambda _: sampling_settings.SamplingSettings(guidance_scale=10.0),
+  origin=lambda given, config: {
+    'start_token': _dalle_mini_start(given, config),
+    'text_normalizer': _text_normalizer(given),
+  },
+  image_tokenizer='dalle-mini',
+)
+
 PARTS: Mapping[str, Part] = {
   'generator': Part(
     {
-      'dalle-mini': Format(
-        _dalle_mini_config,
-        lambda given, config: dalle_mini.key_map(
-          config, given.arrays, _dalle_mini_start(given, config)
-        ),
-        lambda given: (),
-        flags=('tokenizer', 'image_size', 'vocabulary', 'config', 'text_normalizer', 'start_token'),
+      'dalle-mini': _DALLE_MINI,
+      'min-dalle': _DALLE_MINI._replace(open=min_dalle.open_weights),
+      'llamagen': Format(
+        _llamagen_config,
+        lambda given, config: llamagen.key_map(config, given.arrays),
+        lambda given: llamagen.ignored(given.arrays),
+        flags=('tokenizer', 'image_size', 'vocabulary', 'text_encoder', 'heads'),
         tokenizer=Tokenizer(
-          "DALL·E mini's tokenizer.json, or a folder with its vocab.json and merges.txt",
-          lambda path, given: TokenizerFile(
-            tokenizer_files.of_dalle_mini(path, _text_normalizer(given))
-          ),
-          functools.partial(_check_generator_tokenizer, spare_rows=_DALLE_MINI_SPARE_ROWS),
+          'names of the classes, such as LOC_synset_mapping.txt or imagenet_class_index.json',
+          _llamagen_tokenizer,
+          _check_llamagen_tokenizer,
           beside=True,
         ),
-        config_file='config.json',
-        # The authors' notebook.
-        sampling=sampling_settings.SamplingSettings(guidance_scale=10.0),
-        origin=lambda given, config: {
-          'start_token': _dalle_mini_start(given, config),
-          'text_normalizer': _text_normalizer(given),
-        },
+        # Those of sample_c2i.py and sample_t2i.py.
+        sampling=lambda config: (
+          sampling_settings.SamplingSettings(guidance_scale=4.0, top_k=2000)
+          if config.text_encoder is None
+          else sampling_settings.SamplingSettings(guidance_scale=7.5, top_k=1000)
+        ),
+        others=_text_encoder_of_llamagen,
+        provenance=lambda given: (
+          {}
+          if given.flags['text_encoder'] is None
+          else model_folder.part_provenance('text_encoder', given.flags['text_encoder'])
+        ),
+        image_tokenizer='llamagen',
       ),
     },
     _described_generator,

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import tiny_dalle_mini
 from PIL import Image
 
@@ -113,6 +114,25 @@ def test_the_image_tokenizer_may_have_been_imported_before(sources, model, tmp_p
   origin = json.loads((tmp_path / 'model' / 'config.json').read_text())['provenance']
   assert origin['tokenizer']['licence'] == 'MIT'
   assert origin['generator']['text_normalizer'] == 'dalle_mini'
+
+
+def test_files_of_min_dalle_give_the_same_model(sources, model, tmp_path):
+  for tower, arrays in tiny_dalle_mini.towers().items():
+    safetensors.numpy.save_file(arrays, tmp_path / f'{tower}.safetensors')
+  files = [str(tmp_path / f'{tower}.safetensors') for tower in ('encoder', 'decoder')]
+  command = [
+    'import',
+    'generator',
+    *files,
+    '--format=min-dalle',
+    f'--output_dir={tmp_path / "model"}',
+  ]
+  tokenizer = [f'--tokenizer={sources / "vqgan"}', '--image_size=8']
+  text = [f'--vocabulary={sources / "dalle_mini"}']
+  config = [f'--config={sources / "dalle_mini" / "config.json"}']
+  assert main.main([*command, *tokenizer, *text, *config]) == 0
+  for name in ('generator.safetensors', 'tokenizer.safetensors', 'vocabulary.model'):
+    assert (tmp_path / 'model' / name).read_bytes() == (model / name).read_bytes()
 
 
 def test_what_is_missing_or_does_not_apply_is_named(sources, model, tmp_path, capsys):

@@ -18,6 +18,7 @@ from parti_jax.exported_model import sampling_settings  # noqa: E402
 from parti_jax.importers import dalle_mini as importer  # noqa: E402
 from parti_jax.importers import files  # noqa: E402
 from parti_jax.importers import key_map  # noqa: E402
+from parti_jax.importers import min_dalle as min_dalle_files  # noqa: E402
 from parti_jax.models import dalle_mini  # noqa: E402
 from parti_jax.sampling import decoding  # noqa: E402
 from parti_jax.sampling import parameters  # noqa: E402
@@ -108,6 +109,17 @@ def _ours(folder, start):
 @pytest.fixture(scope='module', name='folder')
 def fixture_folder(tmp_path_factory):
   return tmp_path_factory.mktemp('dalle_mini')
+
+
+def test_files_of_min_dalle_hold_the_same_arrays(theirs, tmp_path):
+  paths = [str(tmp_path / name) for name in ('encoder.pt', 'decoder.pt')]
+  for path, module in zip(paths, theirs):
+    torch.save(module.state_dict(), path)
+  found = min_dalle_files.open_weights(paths).arrays
+  expected = tiny_dalle_mini.arrays(SETTINGS)
+  assert set(found) == set(expected)
+  for name, array in expected.items():
+    np.testing.assert_array_equal(found[name].read(), array)
 
 
 def _texts(seed=0):
