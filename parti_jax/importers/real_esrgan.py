@@ -53,6 +53,8 @@ _NAMES: Mapping[str, Mapping[str, str]] = {
   'counted': {'head': 'model.0', 'dense': 'model.1.sub.{}.RDB{}.conv{}.0'},
 }
 _COMPACT = 'compact'
+# More than any network of these has; 2 to the power of a number in a damaged file may not fit in memory.
+_MOST_DOUBLINGS = 8
 # Names that occur in all files of a set of names, and in no others.
 _ANCHORS = {
   style: f'{names["dense"].format(0, 1, 1)}.weight' for style, names in _NAMES.items()
@@ -143,6 +145,8 @@ def _rrdb_config(shapes: Shapes, style: str) -> real_esrgan.RRDBNetConfig:
       raise ValueError(f'the last of its modules is model.{max(numbers)}')
   else:
     doublings = _count(lambda place: f'{names["doubling"].format(place + 1)}.weight' in shapes)
+  if doublings > _MOST_DOUBLINGS:
+    raise ValueError(f'it doubles height and width {doublings} times')
   width, channels, *_ = shapes[f'{names["head"]}.weight']
   unshuffle = math.isqrt(channels // 3)
   if not unshuffle or channels != 3 * unshuffle**2 or 2**doublings % unshuffle:

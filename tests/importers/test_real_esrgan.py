@@ -148,6 +148,9 @@ def test_counted_modules_must_be_those_of_doublings():
   arrays['model.11.weight'] = published.Listed((3, 64, 3, 3))
   with pytest.raises(UserError, match=r'the last of its modules is model\.11'):
     importer.config_of(arrays)
+  arrays['model.3000000000004.weight'] = published.Listed((3, 64, 3, 3))
+  with pytest.raises(UserError, match='it doubles height and width 1000000000000 times'):
+    importer.config_of(arrays)
 
 
 @pytest.mark.parametrize('arrays', [{}, {'weight': published.Listed((2, 2))}])
