@@ -20,9 +20,9 @@ PACKAGE = pathlib.Path(parti_jax.__file__).parent
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
 # What each part of the package may import of the package, besides itself. Each part is allowed
-# what those before it are: cli -> t5x, planning, tokenization -> training -> runs, evaluation,
-# preparation -> sampling, checkpoints, importers -> exported_model -> data, models -> partitioning
-# -> core.
+# what those before it are: cli -> t5x, planning, tokenization, serving -> training -> runs,
+# evaluation, preparation -> sampling, checkpoints, importers -> exported_model -> data, models ->
+# partitioning -> core.
 _MAY_IMPORT = {
   'core': set(),
   'partitioning': {'core'},
@@ -42,6 +42,7 @@ _MAY_IMPORT = {
     'partitioning',
     'core',
   },
+  'serving': {'sampling', 'exported_model', 'core'},
   'runs': {'checkpoints', 'core'},
   'training': {
     'runs',
@@ -68,6 +69,7 @@ _MAY_IMPORT = {
     'core',
   },
   'cli': {
+    'serving',
     't5x',
     'planning',
     'tokenization',
@@ -201,6 +203,7 @@ _EXTRAS = {
   'training': ('data',),
   'tokenization': ('data',),
   'runs': ('data',),
+  'serving': ('serve', 'ui'),
   'evaluation': ('data',),
   't5x': ('data', 't5x'),
   'cli': ('data', 't5x'),
@@ -254,6 +257,7 @@ _WITHOUT_JAX = (
 _WITHOUT_TENSORFLOW = (
   'parti_jax.sampling.text_to_image',
   'parti_jax.cli.generate',
+  'parti_jax.serving.image_service',
   'parti_jax.data',
   'parti_jax.data.vocabulary',
   'parti_jax.data.openmoji',

@@ -30,6 +30,11 @@ _WRITE_TO_URLS = ('export', 'import', 'prepare', 'vocabulary', 't5x_checkpoint',
 # command -> (module, one line of help)
 COMMANDS = {
   'generate': ('parti_jax.cli.generate', 'generate pictures for prompts'),
+  'serve': (
+    'parti_jax.cli.serve',
+    "draw for other programs, which ask by HTTP as they ask OpenAI's images endpoint",
+  ),
+  'ui': ('parti_jax.cli.ui', 'show a page in the browser on which to draw'),
   'train': ('parti_jax.cli.train', 'train a model with the objective that the gin files select'),
   'own_pictures': (
     'parti_jax.cli.own_pictures',

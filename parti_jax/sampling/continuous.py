@@ -363,7 +363,7 @@ class ContinuousSampler:
     jax.block_until_ready(previous)
     position = self._requests.position
     position += self.tokens_per_call
-    self._preview(position)
+    self._preview(np.asarray(position))
     complete = position >= self._config.image_length
     position[complete] = 0  # Free slots go on with pictures that nobody asked for.
     finished = [int(slot) for slot in np.flatnonzero(complete) if self._running[slot] is not None]

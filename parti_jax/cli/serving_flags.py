@@ -1,0 +1,122 @@
+"""The flags of commands that draw for others, `serve` and `ui`."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+
+from parti_jax.cli import sampling_flags
+from parti_jax.core import checks
+from parti_jax.core import start_cache
+from parti_jax.core.errors import UserError
+
+_LARGEST_PORT = 65535
+
+
+def add_arguments(parser: argparse.ArgumentParser, port: int):
+  """Adds the flags.
+
+  Args:
+    parser: parser of a command.
+    port: the default port.
+  """
+  parser.add_argument(
+    '--model', metavar='PATH', help='an exported model (default: the demo model in the package)'
+  )
+  parser.add_argument(
+    '--lora',
+    action='append',
+    default=[],
+    metavar='FILE[:FACTOR]',
+    help='adapters to add to the model that they were trained on; may be given several times',
+  )
+  parser.add_argument(
+    '--ranker', metavar='PATH', help="rank with the ranker in this folder instead of the model's"
+  )
+  parser.add_argument(
+    '--upscaler',
+    metavar='PATH',
+    help="enlarge with the super-resolution in this folder instead of the model's",
+  )
+  parser.add_argument(
+    '--host',
+    default='127.0.0.1',
+    help='address to listen on; 0.0.0.0 lets other machines connect (default: %(default)s)',
+  )
+  parser.add_argument(
+    '--port',
+    type=int,
+    default=port,
+    help='port to listen on; 0 chooses a free one (default: %(default)s)',
+  )
+  parser.add_argument(
+    '--batch_size',
+    type=int,
+    default=16,
+    help='number of pictures to sample at once, of all clients (default: %(default)s)',
+  )
+  parser.add_argument(
+    '--max_images',
+    type=int,
+    default=16,
+    help='number of pictures that may be asked for at once (default: %(default)s)',
+  )
+  parser.add_argument(
+    '--queue',
+    type=int,
+    default=256,
+    help='number of pictures that may wait; requests for more are refused (default: %(default)s)',
+  )
+  sampling_flags.add_arguments(parser)
+  sampling_flags.add_precision(parser)
+
+
+def check(args: argparse.Namespace) -> None:
+  """Checks the flags, before anything slow happens.
+
+  Raises:
+    UserError: if a value is invalid; the message names the flag.
+  """
+  sampling_flags.check_numbers(args, 'batch_size', 'max_images', 'queue')
+  sampling_flags.given(args)
+  sampling_flags.given_precision(args)
+  checks.whole_number('--port', args.port, 0, _LARGEST_PORT)
+  if args.queue < args.max_images:
+    raise UserError(
+      f'--queue={args.queue} is less than --max_images={args.max_images}; no request for so many '
+      'pictures could wait'
+    )
+
+
+def service(args: argparse.Namespace, **limits):
+  """Loads the model and returns an ImageService, which has drawn one picture.
+
+  Args:
+    args: the flags.
+    **limits: fields of `image_requests.Limits`, besides those that the flags give.
+
+  Raises:
+    UserError: if the model can't be loaded, or can't be sampled with these settings.
+  """
+  from parti_jax.sampling import text_to_image
+  from parti_jax.serving import image_requests
+  from parti_jax.serving import image_service
+
+  # Answers say what they leave out of a prompt.
+  warnings.filterwarnings('ignore', r'(prompt|text) \d+ is longer than', UserWarning)
+  start_cache.enable()
+  model = text_to_image.load(
+    args.model,
+    ranker=args.ranker,
+    upscaler=args.upscaler,
+    lora=args.lora,
+    **sampling_flags.given_precision(args),
+  )
+  found = image_service.ImageService(
+    model,
+    image_requests.Limits(images=args.max_images, queue=args.queue, **limits),
+    args.batch_size,
+    **sampling_flags.given(args),
+  )
+  found.warm_up()
+  return found

@@ -1,0 +1,5 @@
+"""Draws for other programs, by HTTP, and for people, on a page in the browser.
+
+`image_service` queues and samples pictures for both. Only `http_server` needs the extra `serve`, and
+only `page` needs the extra `ui`.
+"""

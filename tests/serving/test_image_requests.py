@@ -1,0 +1,166 @@
+"""What a request may say, and what is refused."""
+
+import json
+
+import pytest
+
+from parti_jax.core.errors import UserError
+from parti_jax.serving import image_requests
+
+LIMITS = image_requests.Limits(images=4, prompt=40)
+PLAIN = image_requests.Offer('tiny', 64, None, False)
+RICH = image_requests.Offer('tiny', 64, 256, True)
+
+
+def parse(offer=RICH, **fields):
+  return image_requests.parse(json.dumps(fields).encode(), offer, LIMITS)
+
+
+def test_a_prompt_is_enough():
+  found = parse(PLAIN, prompt='red apple')
+  assert found == image_requests.ImageRequest('red apple', seed=found.seed)
+  # Nobody asked for a seed, so pictures differ.
+  assert len({parse(prompt='red apple').seed for _ in range(8)}) > 1
+
+
+def test_every_field_is_read():
+  found = parse(
+    prompt=' red apple ',
+    model='tiny',
+    n=3,
+    seed=2**32 - 1,
+    size='256x256',
+    rank=True,
+    stream=True,
+    partial_images=2,
+    response_format='b64_json',
+    output_format='png',
+    quality='auto',
+    background='opaque',
+    user='anyone',
+    guidance_scale=2,
+    guidance_ramp='cosine',
+    guidance_start=1.5,
+    temperature=0.5,
+    top_k=3,
+    top_p=0.9,
+  )
+  assert found == image_requests.ImageRequest(
+    ' red apple ',
+    3,
+    2**32 - 1,
+    True,
+    True,
+    2,
+    True,
+    {
+      'guidance_scale': 2,
+      'guidance_ramp': 'cosine',
+      'guidance_start': 1.5,
+      'temperature': 0.5,
+      'top_k': 3,
+      'top_p': 0.9,
+    },
+  )
+
+
+def test_null_is_absent():
+  found = parse(prompt='red apple', n=None, seed=None, size=None, stream=None, top_k=None)
+  assert (found.num_images, found.upscale, found.stream, found.sampling) == (1, False, False, {})
+
+
+def test_a_stream_previews_every_row_unless_told_otherwise():
+  assert parse(prompt='a', stream=True).previews is None
+  assert parse(prompt='a', stream=True, partial_images=0).previews == 0
+  assert parse(prompt='a').previews == 0
+
+
+@pytest.mark.parametrize(
+  'fields, message',
+  [
+    ({}, 'prompt is missing'),
+    ({'prompt': 7}, 'prompt=7 must be a string'),
+    ({'prompt': ['red apple']}, r"prompt=\['red apple'\] must be a string"),
+    ({'prompt': ' \n'}, 'prompt is empty'),
+    ({'prompt': 'x' * 41}, 'prompt has 41 characters; at most 40'),
+    ({'prompt': '\ud800'}, 'characters that are not Unicode'),
+    ({'n': 0}, 'n=0 must be a whole number from 1 to 4'),
+    ({'n': 5}, 'n=5 must be'),
+    ({'n': 1.5}, 'n=1.5 must be'),
+    ({'n': '2'}, "n='2' must be"),
+    ({'n': True}, 'n=true must be'),
+    ({'n': 10**400}, 'n=.* must be'),
+    ({'seed': -1}, 'seed=-1 must be'),
+    ({'seed': 2**32}, 'seed=4294967296 must be'),
+    ({'size': '1024x1024'}, "size='1024x1024' is not possible .*; choose auto or 64x64 or 256x256"),
+    ({'size': 64}, 'size=64 is not possible'),
+    ({'size': []}, r'size=\[\] is not possible'),
+    ({'model': 'dall-e-3'}, "model='dall-e-3' is not served; the model here is tiny"),
+    ({'response_format': 'url'}, "response_format='url' is not possible here"),
+    ({'output_format': 'webp'}, 'output_format=.* choose png'),
+    ({'quality': 'hd'}, 'quality=.* choose auto or standard'),
+    ({'background': 'transparent'}, 'background='),
+    ({'user': 3}, 'user=3 must be a string'),
+    ({'rank': 'yes'}, "rank='yes' must be true or false"),
+    ({'stream': 1}, 'stream=1 must be true or false'),
+    ({'partial_images': 2}, 'partial_images needs stream=true'),
+    ({'partial_images': -1, 'stream': True}, 'partial_images=-1 must be'),
+    ({'temperature': -1}, 'temperature=-1 is negative'),
+    ({'temperature': 'hot'}, "temperature='hot' must be a number"),
+    ({'guidance_scale': 1e300}, 'guidance_scale=.* is not a finite number'),
+    ({'guidance_scale': [2]}, r'guidance_scale=\[2\] must be a number'),
+    ({'top_p': 0}, 'top_p=0 must be above 0'),
+    ({'top_k': -1}, 'top_k=-1 must be'),
+    ({'guidance_ramp': '../etc'}, 'guidance_ramp=.* is not one of constant'),
+    ({'exit_threshold': 0.5}, "unknown field 'exit_threshold'"),
+    ({'style': 'vivid'}, "unknown field 'style'; the fields are background, "),
+    ({'a\nb' * 99: 1}, 'unknown field'),
+  ],
+)
+def test_what_is_refused_is_named_in_one_line(fields, message):
+  with pytest.raises(image_requests.RequestError, match=message) as caught:
+    parse(**{'prompt': 'red apple'} | fields if fields else {})
+  assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 500
+  assert caught.value.status == (404 if 'model' in fields else 400)
+  name = next(iter(fields), 'prompt')
+  assert caught.value.field == name[:80]
+
+
+def test_what_the_model_lacks_is_refused():
+  with pytest.raises(image_requests.RequestError, match='the model tiny has no ranker'):
+    parse(PLAIN, prompt='a', rank=True)
+  with pytest.raises(image_requests.RequestError, match='choose auto or 64x64$'):
+    parse(PLAIN, prompt='a', size='256x256')
+
+
+@pytest.mark.parametrize(
+  'body',
+  [
+    b'',
+    b'null',
+    b'[]',
+    b'"red apple"',
+    b'{"prompt": "a"',
+    b'{"prompt": "a"} {}',
+    b'{"prompt": "a", "prompt": "b"}',
+    b'{"prompt": "a", "temperature": NaN}',
+    b'{"prompt": "a", "temperature": -Infinity}',
+    b'{"prompt": "a", "n": ' + b'9' * 5000 + b'}',
+    b'{"prompt": "\xff"}',
+    '{"prompt": "a"}'.encode('utf-16'),
+    b'[' * 60_000,
+    b'{"a":' * 12_000,
+  ],
+)
+def test_bodies_that_are_no_request(body):
+  with pytest.raises(image_requests.RequestError) as caught:
+    image_requests.parse(body, RICH, LIMITS)
+  assert caught.value.status == 400 and len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+  'limits', [{'images': 0}, {'queue': -1}, {'seconds': 0}, {'body_seconds': float('nan')}]
+)
+def test_limits_that_cannot_be(limits):
+  with pytest.raises(UserError, match=next(iter(limits))):
+    image_requests.Limits(**limits)
