@@ -8,6 +8,7 @@ import os
 import shlex
 import shutil
 import time
+from collections.abc import Iterable
 
 from parti_jax.cli import own_plan
 from parti_jax.core import checks
@@ -37,6 +38,19 @@ def add_arguments(parser: argparse.ArgumentParser):
     metavar='DIR',
     help='output folder; a command with the folder of an earlier one resumes it (default: '
     '%(default)s)',
+  )
+  parser.add_argument(
+    '--from',
+    dest='base',
+    metavar='MODEL',
+    help='a model folder, such as parti_jax/demo or one that `parti-jax import generator` wrote: its '
+    'generator is trained further; its vocabulary and image tokenizer stay as they are',
+  )
+  parser.add_argument(
+    '--finetune',
+    choices=tuple(own_plan.FINETUNE),
+    help='with --from, what is trained: all of the generator, its image decoder alone, or adapters '
+    '(LoRA) (default: all)',
   )
   parser.add_argument(
     '--minutes',
@@ -72,9 +86,12 @@ def run(args: argparse.Namespace) -> int:
   from parti_jax.data import datasets  # noqa: F401
   from parti_jax.training import configurables  # noqa: F401
 
+  if args.finetune and not args.base:
+    raise UserError(f'--finetune={args.finetune} needs --from, the model to train further')
   begun = time.monotonic()
   work = _Work(args.output_dir, _plan(args))
-  for step in (work.vocabulary, work.tokenizer, work.tokens):
+  parts = () if work.plan.base else (work.vocabulary, work.tokenizer)
+  for step in (*parts, work.tokens):
     if status := step():
       return status
   left = 60 * work.plan.minutes - (time.monotonic() - begun)
@@ -90,40 +107,92 @@ def _plan(args: argparse.Namespace) -> own_plan.Plan:
 
   from parti_jax.data import sources
 
-  folder = args.folder if storage.is_url(args.folder) else os.path.abspath(args.folder)
+  folder, base = (
+    path if not path or storage.is_url(path) else os.path.abspath(path)
+    for path in (args.folder, args.base or '')
+  )
   plan = own_plan.load(args.output_dir)
   if plan is not None:
-    if plan.folder != folder or args.image_size not in (None, plan.image_size):
-      raise UserError(
-        f'{args.output_dir} belongs to the pictures in {plan.folder} at {plan.image_size} pixels; '
-        'choose another --output_dir'
-      )
+    _check_same(args, plan, folder, base)
     if plan.minutes != args.minutes:
       print(f'resuming with --minutes={plan.minutes:g}, the value at the start')
     return plan
+  # Before the captions are read, which may take long.
+  model = _base_model(args, base) if base else None
   source = own_plan.find_source(folder)
   gin_config.parse([], source)
   captions = sources.configured(sources.chosen()).captions('train')
-  plan = own_plan.make(
-    folder,
-    source,
-    captions,
-    args.minutes,
-    jax.default_backend(),
-    jax.device_count(),
-    args.image_size,
-  )
+  backend, devices = jax.default_backend(), jax.device_count()
+  if model is None:
+    plan = own_plan.make(folder, source, captions, args.minutes, backend, devices, args.image_size)
+  else:
+    finetune, size = args.finetune or 'all', model.tokenizer_config.image_size
+    plan = own_plan.finetuning(
+      folder, source, captions, args.minutes, backend, devices, base, finetune, size
+    )
+    _report_cut(model, sources.configured(sources.chosen()).captions('train'))
   plan.save(args.output_dir)
   print(
     f'{plan.examples:,} captioned pictures in {folder}; drawing {plan.image_size} × '
     f'{plan.image_size} pixels after about {plan.minutes:g} min of training'
   )
-  if plan.examples < 100:
+  if plan.examples < 100 and not plan.base:
     print(
       'The model will memorize so few pictures; a prompt that differs from all captions gives a '
       'mixture of them.'
     )
   return plan
+
+
+def _check_same(args: argparse.Namespace, plan: own_plan.Plan, folder: str, base: str) -> None:
+  """Raises UserError if the output folder has the plan of another command."""
+  if plan.folder != folder or args.image_size not in (None, plan.image_size):
+    raise UserError(
+      f'{args.output_dir} belongs to the pictures in {plan.folder} at {plan.image_size} pixels; '
+      'choose another --output_dir'
+    )
+  if plan.base != base or (base and args.finetune not in (None, plan.finetune)):
+    begun = f'--from={plan.base} --finetune={plan.finetune}' if plan.base else 'no --from'
+    raise UserError(
+      f'{args.output_dir} belongs to a training with {begun}; choose another --output_dir'
+    )
+
+
+def _base_model(args: argparse.Namespace, base: str):
+  """Reads the model to train further, a `model_folder.Model`.
+
+  Raises:
+    UserError: if the folder isn't a whole model, or --image_size is not that of its pictures.
+  """
+  from parti_jax.exported_model import model_folder
+
+  try:
+    model = model_folder.load(base)
+  except UserError as error:
+    raise UserError(f'--from={args.base}: {error}') from error
+  size = model.tokenizer_config.image_size
+  if args.image_size not in (None, size):
+    raise UserError(
+      f'--image_size={args.image_size}: the model {args.base} draws {size} pixels; leave the flag out'
+    )
+  return model
+
+
+def _report_cut(model, captions: Iterable[str]) -> None:
+  """Prints how many of the captions a model reads without their end."""
+  from parti_jax.data import text_tokenizer
+
+  vocabulary = text_tokenizer.open_tokenizer(model.vocabulary_path)
+  length = model.generator_config.text_length
+  cut = [
+    bool(vocabulary.encode(caption, length)[1])
+    for caption in itertools.islice(captions, _MOST_MEASURED)
+  ]
+  if any(cut):
+    print(
+      f'{sum(cut):,} of {len(cut):,} captions are longer than the {length} text tokens of the model, '
+      'which does not see the rest'
+    )
 
 
 class _Work:
@@ -140,6 +209,8 @@ class _Work:
       os.path.join(output_dir, name)
       for name in ('vocabulary.model', 'tokenizer', 'tokens', 'generator', 'model')
     )
+    if plan.base:
+      self._tokenizer = plan.base
 
   def vocabulary(self) -> int:
     """Trains the vocabulary, and measures the number of tokens of the captions."""
@@ -192,6 +263,15 @@ class _Work:
 
   def generator(self, seconds: float) -> int:
     """Trains the generator; `seconds` is the training time if the training has not begun."""
+    if self.plan.base:
+      file, bindings = own_plan.FINETUNE[self.plan.finetune]
+      bindings = [
+        *bindings,
+        f'MODEL = {self.plan.base!r}',
+        f'token_cache.path = {self._tokens!r}',
+        f"imported_generator.dtype = '{self.plan.dtype}'",
+      ]
+      return self._train('generator', self._generator, bindings, seconds, file)
     bindings = self.plan.sizes['generator'] + [
       f'token_cache.path = {self._tokens!r}',
       f'vocabulary.path = {self._vocabulary!r}',
@@ -203,6 +283,14 @@ class _Work:
 
   def export(self) -> int:
     """Writes the trained parts to a model folder."""
+    if self.plan.base:
+      return self._command(
+        'export',
+        f'--base={self.plan.base}',
+        f'--generator={self._generator}',
+        f'--output_dir={self._model}',
+        '--overwrite',
+      )
     return self._command(
       'export',
       f'--tokenizer={self._tokenizer}',
@@ -223,9 +311,11 @@ class _Work:
       f'--output_dir={os.path.join(self._folder, "drawings")}',
     )
 
-  def _train(self, part: str, model_dir: str, bindings: list[str], seconds: float) -> int:
+  def _train(
+    self, part: str, model_dir: str, bindings: list[str], seconds: float, file: str = ''
+  ) -> int:
     lines = [
-      f"include 'gin_configs/runs/own_{part}.gin'",
+      f"include 'gin_configs/runs/{file or f'own_{part}'}.gin'",
       *bindings,
       f'train.batch_size = {self.plan.batch_size}',
     ]

@@ -22,6 +22,12 @@ _CAPTIONS_FILES = ('captions.jsonl', 'metadata.jsonl')
 _LARGEST = 1 << 24
 # With fewer than _FEW pictures a smaller model learns as much, and sooner.
 _FEW, _MANY = 300, 1000
+# What of a model's generator is trained -> its gin file in gin_configs/runs/, and further bindings.
+FINETUNE = {
+  'all': ('own_finetuning', []),
+  'decoder': ('own_finetuning', ["GeneratorObjective.frozen = ('text_encoder',)"]),
+  'lora': ('own_lora', []),
+}
 _VOCABULARY = (100, 16_000)
 
 
@@ -40,6 +46,9 @@ class Plan:
     minutes: minutes that training may take.
     text_length: tokens of a caption; 0 until the vocabulary is trained.
     steps: {'tokenizer' or 'generator': training steps}, once they are known.
+    base: model folder that is trained further, an absolute path or a URL; '' to train a new model.
+    finetune: what of it is trained, a name in FINETUNE.
+    dtype: dtype to compute in, of a model that is trained further.
   """
 
   folder: str
@@ -52,6 +61,9 @@ class Plan:
   minutes: float
   text_length: int = 0
   steps: dict[str, int] = dataclasses.field(default_factory=dict)
+  base: str = ''
+  finetune: str = 'all'
+  dtype: str = 'float32'
 
   def save(self, output_dir: str) -> None:
     """Writes the plan into the output folder."""
@@ -191,6 +203,50 @@ def make(
     max(32, devices) if examples < 20_000 else max(64, devices),
     vocabulary,
     minutes,
+  )
+
+
+def finetuning(
+  folder: str,
+  source: list[str],
+  captions: Iterable[str],
+  minutes: float,
+  platform: str,
+  devices: int,
+  base: str,
+  finetune: str,
+  image_size: int,
+) -> Plan:
+  """Makes a plan that trains a model further, whose sizes stay.
+
+  Args:
+    folder: folder of the pictures.
+    source: the result of `find_source`.
+    captions: captions of all pictures.
+    minutes: minutes that training may take.
+    platform: platform of the devices, such as 'cpu'.
+    devices: number of devices.
+    base: folder of the model.
+    finetune: a name in FINETUNE.
+    image_size: height and width of the model's pictures.
+
+  Raises:
+    UserError: if there are no captions.
+  """
+  if not (examples := sum(1 for _ in captions)):
+    raise UserError(f'{folder}: no picture has a usable caption')
+  return Plan(
+    folder,
+    source,
+    examples,
+    image_size,
+    {},
+    max(32, devices),
+    0,
+    minutes,
+    base=base,
+    finetune=finetune,
+    dtype='float32' if platform == 'cpu' else 'bfloat16',
   )
 
 

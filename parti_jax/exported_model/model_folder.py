@@ -456,16 +456,18 @@ def load_part(name: str, folder) -> Part:
     UserError: as `load`, and if the folder doesn't have the network.
   """
   vocabulary = vocabulary_file(name)
-  folder = _local(folder, [CONFIG_FILE, parameter_file(name), vocabulary])
+  older = [parameter_file('parti')] if name == 'generator' else []
+  folder = _local(folder, [CONFIG_FILE, parameter_file(name), vocabulary, *older])
   _check_complete(folder, [CONFIG_FILE])
   where = folder / CONFIG_FILE
   config = model_config.read(where)
-  _check_has(name, config, folder)
-  _check_complete(folder, [parameter_file(name)])
+  stored = file_names.stored_name(name, config)
+  _check_has(stored, config, folder)
+  _check_complete(folder, [parameter_file(stored)])
   inputs = model_config.inputs(config, name, where)
   dtype = _compute_dtype(inputs)
-  sizes = model_config.sizes(NETWORKS[name].kinds, config, name, dtype, where)
-  file = folder / parameter_file(name)
+  sizes = model_config.sizes(NETWORKS[name].kinds, config, stored, dtype, where)
+  file = folder / parameter_file(stored)
   made_with = parameter_files.read_made_with(file)
   path = folder / vocabulary if inputs.own_tokenizer else None
   if path is not None:
@@ -482,8 +484,9 @@ def part_config(name: str, folder) -> Any:
   _check_complete(folder, [CONFIG_FILE])
   where = folder / CONFIG_FILE
   config = model_config.read(where)
-  _check_has(name, config, folder)
-  return model_config.sizes(NETWORKS[name].kinds, config, name, _compute_dtype(), where)
+  stored = file_names.stored_name(name, config)
+  _check_has(stored, config, folder)
+  return model_config.sizes(NETWORKS[name].kinds, config, stored, _compute_dtype(), where)
 
 
 def _check_has(name: str, config: Mapping[str, Any], folder: pathlib.Path) -> None:
