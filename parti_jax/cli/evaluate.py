@@ -25,6 +25,7 @@ from parti_jax.evaluation.datasets import coco
 from parti_jax.evaluation.datasets import localized_narratives
 from parti_jax.evaluation.metrics import features
 from parti_jax.evaluation.openmoji import contact_sheet
+from parti_jax.evaluation.openmoji import openmoji_judge
 from parti_jax.evaluation.openmoji import openmoji_report
 from parti_jax.evaluation.openmoji import scene_evaluation
 from parti_jax.sampling import sheets
@@ -282,6 +283,13 @@ class _Shared:
     return found
 
   @functools.cached_property
+  def judge(self) -> openmoji_judge.Judge:
+    """The judge for OpenMoji, with all real pictures."""
+    pictures = openmoji.pictures()
+    print(f'rendering {len(pictures)} real pictures', file=sys.stderr, flush=True)
+    return openmoji_judge.Judge(pictures, self.model.image_size)
+
+  @functools.cached_property
   def captioned(self):
     """The captions and their pictures."""
     args = self._args
@@ -317,6 +325,7 @@ def _openmoji(args: argparse.Namespace, shared: _Shared):
     args.max_prompts,
     args.seed,
     train_prompts=args.train_prompts,
+    judge=shared.judge,
     on_sample=on_sample,
     progress=True,
     extractors=shared.extractors,
@@ -475,7 +484,7 @@ def _rejection(args: argparse.Namespace, shared: _Shared) -> int:
   if args.dataset == 'openmoji':
     comparisons = [
       rejection.of_openmoji(
-        shared.model, split, args.max_prompts, args.train_prompts, args.seed, shared.extractors
+        shared.judge, split, args.max_prompts, args.train_prompts, args.seed, shared.extractors
       )
       for split in args.splits
     ]

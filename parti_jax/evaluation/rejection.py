@@ -21,7 +21,6 @@ from jaxtyping import Int
 from PIL import Image
 
 from parti_jax.core.errors import UserError
-from parti_jax.data import openmoji
 from parti_jax.evaluation import captions_evaluation
 from parti_jax.evaluation import line_chart
 from parti_jax.evaluation import tables
@@ -66,15 +65,34 @@ class Share:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """All shares over one set of real pictures and one kind of features."""
+  """All shares over one set of real pictures and one kind of features.
+
+  Attributes:
+    pictures: name of the set.
+    features: description of the features.
+    dim: number of features.
+    shares: the shares, ascending.
+  """
 
   pictures: str
   features: str
+  dim: int
   shares: Sequence[Share]
 
   @property
   def title(self) -> str:
     return f'{self.pictures}, over features: {self.features}'
+
+  def remarks(self) -> list[str]:
+    """Returns why distances are unreliable, if they are."""
+    row = self.shares[0].row
+    fewest = min(row.pictures, row.real or 0)
+    if fewest > self.dim:
+      return []
+    return [
+      f'Fréchet distance: {fewest:,} pictures are no more than the {self.dim:,} features, so covariances '
+      'are singular and the value is mostly small-sample bias.'
+    ]
 
   def cells(self) -> list[list[str]]:
     """Returns a header, and a line for each share."""
@@ -138,14 +156,17 @@ class Report:
 
   def text(self) -> str:
     """Renders the tables for a terminal."""
-    blocks = [f'{table.title}\n{tables.text(table.cells())}' for table in self.tables]
+    blocks = [
+      '\n'.join([table.title, tables.text(table.cells()), *table.remarks()])
+      for table in self.tables
+    ]
     return '\n\n'.join([*blocks, '\n'.join(self.notes())]) + '\n'
 
   def markdown(self) -> str:
     """Renders the tables in Markdown."""
     blocks = ['# Rejection']
     for table in self.tables:
-      blocks += [f'## {table.title}', tables.markdown(table.cells())]
+      blocks += [f'## {table.title}', tables.markdown(table.cells()), *table.remarks()]
     return '\n\n'.join([*blocks, *self.notes()]) + '\n'
 
   def json(self) -> str:
@@ -195,7 +216,7 @@ def of_captions(
 
 
 def of_openmoji(
-  model,
+  judge: openmoji_judge.Judge,
   split: str,
   max_prompts: int | None,
   train_prompts: int,
@@ -205,14 +226,13 @@ def of_openmoji(
   """Returns the prompts and real pictures of a split of OpenMoji, those of its evaluation.
 
   Args:
-    model: the result of `parti_jax.load`.
+    judge: has the real pictures at the model's size.
     split: name of the split.
     max_prompts: maximum number of prompts; None for all.
     train_prompts: the same limit for the train split.
     seed: seed of the choice of prompts.
     extractors: the networks.
   """
-  judge = openmoji_judge.Judge(openmoji.pictures(), model.image_size)
   members = [picture for picture in judge.pictures if picture.split == split]
   limit = max_prompts or len(members)
   if split == 'train':
@@ -276,7 +296,7 @@ def evaluate(
       _rows(comparison, index, extractor, shards, chosen)
       for index, extractor in enumerate(extractors)
     ]
-    for extractor, rows in zip(extractors, rows_of):
+    for extractor, real, rows in zip(extractors, comparison.real, rows_of):
       # Of features without texts, the alignment is the ranker's.
       aligned = [
         next((row.alignment for row in same if row.alignment is not None), None)
@@ -289,6 +309,7 @@ def evaluate(
         Table(
           comparison.name,
           extractor.name,
+          real.values.shape[1],
           [Share(*values) for values in zip(shares, counts, rows)],
         )
       )

@@ -52,11 +52,13 @@ class Curve:
     pictures: name of the set of pictures.
     features: description of the features.
     points: the points, in the order of the sweep.
+    remarks: what is unreliable in the reports of the points.
   """
 
   pictures: str
   features: str
   points: Sequence[Point]
+  remarks: Sequence[str] = ()
 
   @property
   def title(self) -> str:
@@ -134,14 +136,16 @@ class Report:
 
   def text(self) -> str:
     """Renders the tables for a terminal."""
-    blocks = [f'{curve.title}\n{tables.text(curve.cells())}' for curve in self.curves]
+    blocks = [
+      '\n'.join([curve.title, tables.text(curve.cells()), *curve.remarks]) for curve in self.curves
+    ]
     return '\n\n'.join([*blocks, f'* the lowest. {_NOTE}']) + '\n'
 
   def markdown(self) -> str:
     """Renders the tables in Markdown."""
     blocks = ['# Sweep']
     for curve in self.curves:
-      blocks += [f'## {curve.title}', tables.markdown(curve.cells())]
+      blocks += [f'## {curve.title}', tables.markdown(curve.cells()), *curve.remarks]
     return '\n\n'.join([*blocks, f'\\* the lowest. {_NOTE}']) + '\n'
 
   def json(self) -> str:
@@ -163,14 +167,17 @@ def curves(reports: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> li
     reports: the settings of each point, and the content of its report.json.
   """
   found: dict[tuple[str, str], list[Point]] = {}
+  remarks: dict[tuple[str, str], dict[str, None]] = {}
   for settings, report in reports:
     for name, distributions in _sets(report):
       rows = [_row(table['rows']['generated']) for table in distributions]
       alignment = next((row.alignment for row in rows if row.alignment is not None), None)
       for table, row in zip(distributions, rows):
         row = dataclasses.replace(row, alignment=alignment)
-        found.setdefault((name, table['features']), []).append(Point(settings, row))
-  return [Curve(name, features, points) for (name, features), points in found.items()]
+        key = name, table['features']
+        found.setdefault(key, []).append(Point(settings, row))
+        remarks.setdefault(key, {}).update(dict.fromkeys(table['remarks']))
+  return [Curve(*key, points, list(remarks[key])) for key, points in found.items()]
 
 
 def _sets(report: Mapping[str, Any]) -> list[tuple[str, Sequence[Mapping[str, Any]]]]:

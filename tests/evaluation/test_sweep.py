@@ -105,7 +105,9 @@ def test_each_point_has_its_settings_and_the_curve_its_numbers(pipeline, coco, t
   assert (
     'point 4 of 4: guidance_scale=2.5,top_p=1' in printed and str(out / 'sweep.json') in printed
   )
-  assert '| guidance_scale | top_p | pictures |' in (out / 'sweep.md').read_text()
+  written = (out / 'sweep.md').read_text()
+  assert '| guidance_scale | top_p | pictures |' in written
+  assert 'no more pictures than the 192 features' in written  # As in the points' reports.
 
 
 def test_a_stopped_sweep_resumes_within_a_point(pipeline, coco, tmp_path):
@@ -248,6 +250,7 @@ def test_rejection_keeps_the_best_and_compares_equal_numbers(pipeline, coco, tmp
   assert len(pipeline.generated) == count
   with pytest.raises(UserError, match='another run, with num_images 20, but this one has 10'):
     run(*coco, '--num_images=10', '--rejection', '1', f'--output_dir={out}')
+  assert '12 pictures are no more than the 192 features' in (out / 'rejection.md').read_text()
   assert re.search(r'\n0\.05 +1 +12 ', capsys.readouterr().out)
 
 

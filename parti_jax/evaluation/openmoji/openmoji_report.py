@@ -66,6 +66,7 @@ def evaluate(
   train_prompts: int = 200,
   pictures: Sequence | None = None,
   render: Callable[[str, int], UInt8[np.ndarray, 'size size 3']] | None = None,
+  judge: openmoji_judge.Judge | None = None,
   on_sample: Callable[[Sample], None] = lambda sample: None,
   progress: bool = False,
   extractors: Sequence[features_lib.Extractor] = (),
@@ -82,6 +83,7 @@ def evaluate(
     train_prompts: the same limit for the train split, which is large.
     pictures: the real pictures of all splits; None for OpenMoji's.
     render: renders a code at a size; None for OpenMoji's.
+    judge: the judge of these pictures at the model's size, if several evaluations share it.
     on_sample: called with the pictures of each split once they are judged.
     progress: whether to report progress on stderr, with bars if it is a terminal.
     extractors: networks over whose features generated and real pictures are compared as sets, from
@@ -97,11 +99,11 @@ def evaluate(
   """
   splits = list(dict.fromkeys(splits))
   _check(splits, num_images=num_images, max_prompts=max_prompts, train_prompts=train_prompts)
-  if pictures is None:
-    pictures = openmoji.pictures()
-  if progress:
-    _log(f'rendering {len(pictures)} real pictures')
-  judge = openmoji_judge.Judge(pictures, model.image_size, render)
+  if judge is None:
+    pictures = openmoji.pictures() if pictures is None else pictures
+    if progress:
+      _log(f'rendering {len(pictures)} real pictures')
+    judge = openmoji_judge.Judge(pictures, model.image_size, render)
   evaluation = _Evaluation(model, judge, num_images, seed, sampling, progress, extractors)
   limits = dict.fromkeys(splits, max_prompts)
   limits['train'] = min(train_prompts, max_prompts or train_prompts)
