@@ -1,5 +1,6 @@
 """What shellcheck says of all scripts, and what those at the top of launch/ do with arguments."""
 
+import hashlib
 import os
 import pathlib
 import shutil
@@ -89,6 +90,93 @@ def test_quickstart_fails_when_pip_fails(checkout):
     assert done.returncode == 2
     assert 'no network' in done.stderr and 'pip could not install' in done.stderr
     assert 'command' not in done.stdout
+
+
+def test_a_public_model_is_fetched_imported_and_drawn_once(checkout):
+  done = _run(checkout, 'public_model.sh', 'dalle_mini', 'a  cat', '--seed=3', EXTRAS='gpu')
+  assert done.returncode == 0, done.stderr
+  model = checkout / 'runs' / 'public' / 'dalle_mini'
+  files = checkout / 'runs' / 'public' / 'files'
+  # The line that names the extras is cut.
+  assert list((checkout / '.venv').glob('parti_jax_installed_*_hub_tokenizers_gpu_'))
+  fetch = f'Installing <{checkout}/launch/fetch_from_hub.py>'
+  draw = f'command <generate> <a  cat> <--seed=3> <--model={model}>'
+  *fetched, imported, drawn = done.stdout.splitlines()[-4:]
+  assert fetched == [
+    f'{fetch} <dalle-mini/dalle-mini> <{files}/dalle_mini> <flax_model.msgpack> <config.json> '
+    '<vocab.json> <merges.txt>',
+    f'{fetch} <dalle-mini/vqgan_imagenet_f16_16384> <{files}/vqgan> <flax_model.msgpack>',
+  ]
+  assert imported.startswith(
+    f'command <import> <generator> <{files}/dalle_mini/flax_model.msgpack> <--format=dalle-mini> '
+    f'<--tokenizer={files}/vqgan/flax_model.msgpack>'
+  )
+  assert drawn == draw
+  model.mkdir(parents=True)
+  (model / 'config.json').write_text('{}')
+  again = _run(checkout, 'public_model.sh', 'dalle_mini', 'a  cat', '--seed=3', EXTRAS='gpu')
+  assert again.stdout == draw + '\n'
+  other = _run(checkout, 'public_model.sh', 'dalle_maxi', 'a cat')
+  assert other.returncode == 2
+  assert other.stderr == (
+    'public_model.sh: error: dalle_maxi is not one of dalle_mini, dalle_mega\n'
+  )
+
+
+_FETCH = REPOSITORY / 'launch' / 'fetch_from_hub.py'
+
+
+def _fetch(*arguments, **variables):
+  return subprocess.run(
+    [sys.executable, _FETCH, *arguments],
+    capture_output=True,
+    text=True,
+    env={**os.environ, **variables},
+    check=False,
+  )
+
+
+def test_without_a_connection_one_line_says_so(tmp_path):
+  pytest.importorskip('huggingface_hub')
+  variables = {'HF_ENDPOINT': 'http://127.0.0.1:9', 'HF_HOME': str(tmp_path / 'home')}
+  done = _fetch('dalle-mini/dalle-mini', str(tmp_path / 'files'), 'config.json', **variables)
+  assert done.returncode == 1
+  (line,) = done.stderr.splitlines()
+  assert line.startswith(
+    'fetch_from_hub.py: error: dalle-mini/dalle-mini cannot be fetched; is there a connection to '
+    'huggingface.co?'
+  )
+  assert not (tmp_path / 'files' / 'config.json').exists()
+
+
+@pytest.mark.parametrize(
+  'digest, file, says',
+  [
+    ('as published', 'a.bin', ''),
+    ('of another', 'a.bin', "a.bin doesn't have the SHA-256 that owner/name publishes"),
+    ('as published', 'b.bin', 'owner/name has no b.bin'),
+  ],
+)
+def test_files_are_compared_with_the_digests_of_the_hub(tmp_path, digest, file, says):
+  """With a stand-in for the library, whose repository has one file."""
+  published = hashlib.sha256(b'1' if digest == 'as published' else b'2').hexdigest()
+  (tmp_path / 'huggingface_hub.py').write_text(
+    'import os\nimport types\n'
+    f'lfs = types.SimpleNamespace(sha256={published!r})\n'
+    "known = [types.SimpleNamespace(path='a.bin', lfs=lfs)]\n"
+    'class HfApi:\n'
+    '  def get_paths_info(self, repository, files):\n'
+    '    return [found for found in known if found.path in files]\n'
+    'def hf_hub_download(repository, file, local_dir):\n'
+    '  os.makedirs(local_dir)\n'
+    '  path = os.path.join(local_dir, file)\n'
+    "  open(path, 'w').write('1')\n"
+    '  return path\n'
+  )
+  done = _fetch('owner/name', str(tmp_path / 'files'), file, PYTHONPATH=str(tmp_path))
+  assert done.returncode == (1 if says else 0)
+  assert says in done.stderr
+  assert bool(done.stderr) == bool(says)
 
 
 def test_test_installs_the_extra_and_passes_arguments_on(checkout):

@@ -189,7 +189,7 @@ def run(args: argparse.Namespace) -> int:
         args.output_dir, args.part, part, origin, dtype=args.dtype, overwrite=args.overwrite
       )
   kind = importable_parts.PARTS[args.part]
-  print(f'{folder}: {kind.described(config, network.count)}; use it as {kind.use.format(folder)}')
+  print(f'{folder}: {kind.described(config, network.size)}; use it as {kind.use.format(folder)}')
   return 0
 
 

@@ -271,14 +271,14 @@ class Opened(NamedTuple):
     config: its config.
     sources: {path of a parameter: the arrays that make it}.
     stored: {name: array in the files}.
-    count: number of values of its parameters.
+    size: number of values of its parameters.
     others: the result of `Format.others`.
   """
 
   config: Any
   sources: key_map.KeyMap
   stored: Mapping[str, key_map.StoredArray]
-  count: int
+  size: int
   others: Mapping[str, Any] = {}
 
   def params(self, progress: Callable[[], object] = lambda: None) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def config_of(
       that are not supported, or the image tokenizer doesn't fit.
   """
   shape = functools.partial(_shape, arrays, _prefix(arrays))
-  sizes: dict[str, int] = {}
+  sizes: dict[str, Any] = {}
   sizes['text_vocabulary'], sizes['width'] = shape(_TEXT_TABLE, 2)
   sizes['text_length'] = shape(_TEXT_POSITIONS, 2)[0]
   sizes['encoder_layers'], _, sizes['mlp_width'] = shape(
@@ -150,7 +150,7 @@ def key_map(config: dalle_mini.DalleMiniConfig, arrays: Arrays, start: int) -> k
     for leaf in ('scale', 'bias'):
       source = one(f'model/{name}/layernorm_embedding/{leaf}')
       found[f'{part}/embedding_norm/{leaf}'] = source
-  attentions = {'attention': ('q', 'k', 'v')}
+  attentions: dict[str, tuple[str, ...]] = {'attention': ('q', 'k', 'v')}
   found |= _layers(
     config,
     'text_encoder/encoder/layers',

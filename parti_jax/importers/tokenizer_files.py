@@ -54,7 +54,7 @@ def of_clip(given: str) -> bytes:
       'version': '1.0',
       'truncation': None,
       'padding': None,
-      'added_tokens': [_special(*pair) for pair in zip((_CLIP_START, _CLIP_END), ends)],
+      'added_tokens': [_special(token, vocabulary[token]) for token in (_CLIP_START, _CLIP_END)],
       'normalizer': {
         'type': 'Sequence',
         'normalizers': [

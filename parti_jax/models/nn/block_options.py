@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -11,13 +12,17 @@ import jax.numpy as jnp
 from parti_jax.models.nn import layers
 
 # Modules of a dtype, and modules of a width, an `mlp_width` and a dtype.
-NORMS = {
+NORMS: dict[str, Callable[[jnp.dtype], nn.Module]] = {
   'layer': layers.LayerNorm,
   'rms': layers.RMSNorm,
   'layer_bias': functools.partial(layers.LayerNorm, epsilon=1e-5, use_scale=False, use_bias=True),
   'layer_scale_bias': functools.partial(layers.LayerNorm, epsilon=1e-5, use_bias=True),
 }
-MLPS = {'gelu': layers.MLP, 'swiglu': layers.SwiGLU, 'normed_geglu': layers.NormedGEGLU}
+MLPS: dict[str, Callable[[int, int, jnp.dtype], nn.Module]] = {
+  'gelu': layers.MLP,
+  'swiglu': layers.SwiGLU,
+  'normed_geglu': layers.NormedGEGLU,
+}
 # How the image-token decoder learns where a token is.
 POSITIONS = ('learned', 'rotary_2d')
 
