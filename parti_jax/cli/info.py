@@ -57,7 +57,7 @@ def describe(folder: str, verify: bool = False) -> dict[str, Any]:
     {name of a network: {'parameters', 'bytes', 'sizes'}}; alone, the name of the network of a
     folder that `parti-jax import` wrote, else None; picture_size and upscaled_size in pixels, the
     latter None without super-resolution; image_tokens of a picture, None if
-    unknown; vocabulary, {'ids', 'bytes'};
+    unknown; vocabulary, {'ids', 'bytes'}, where ids is None if the config doesn't state it;
     stored_as, the parameters' dtype; sampling, the defaults of `generate`; provenance; missing, the
     missing files. What a network alone doesn't have is None.
 
@@ -130,7 +130,7 @@ def _model(folder: str, names: list[str]) -> dict[str, Any]:
   reader = alone or config.stored_name('generator')
   text_file = own.get(alone) if alone else file_names.VOCABULARY_FILE
   vocabulary = text_file and {
-    'ids': config.number(reader, 'text_vocabulary'),
+    'ids': config.text_ids(reader),
     'bytes': bytes_of.get(text_file),
   }
   needed = dict.fromkeys([*files.values(), *([text_file] if text_file else []), *own.values()])
@@ -189,6 +189,20 @@ class _ModelConfig:
     sizes = self.entries('super_resolution')
     stated = 'factor' in sizes or 'kind' not in sizes
     return self.number('super_resolution', 'factor') if stated else None
+
+  def text_ids(self, name: str) -> int | None:
+    """Returns the number of text token ids of a network; None if its config doesn't state it."""
+    sizes = self.entries(name)
+    if isinstance(sizes.get('text_encoder'), dict):  # Of the generator; it replaces the field.
+      sizes = sizes['text_encoder']
+    if 'text_vocabulary' not in sizes and 'kind' in sizes:  # Such as a generator of classes.
+      return None
+    return checks.whole_number(
+      f'{self._path}: {name}.text_vocabulary',
+      sizes.get('text_vocabulary'),
+      1,
+      show=checks.shown_as_json,
+    )
 
   def own_tokenizer(self, name: str) -> bool:
     """Returns whether a network has a text tokenizer of its own."""

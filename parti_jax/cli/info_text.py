@@ -74,7 +74,7 @@ def model(found: dict[str, Any]) -> list[str]:
     {
       'pictures': picture,
       'parameters': f'{total:,}, stored as {found["stored_as"]}',
-      'vocabulary': vocabulary and f'{vocabulary["ids"]:,} ids, {_bytes(vocabulary["bytes"])}',
+      'vocabulary': vocabulary and _vocabulary(vocabulary),
       'sampling': plain(found['sampling']),
       'provenance': plain(found['provenance']),
       'missing': ', '.join(found['missing'])
@@ -88,6 +88,11 @@ def model(found: dict[str, Any]) -> list[str]:
       textwrap.wrap(_sizes(part['sizes']), _WIDTH),
     )
   return lines
+
+
+def _vocabulary(found: dict[str, Any]) -> str:
+  ids = '' if found['ids'] is None else f'{found["ids"]:,} ids, '
+  return ids + _bytes(found['bytes'])
 
 
 def _state(found: dict[str, Any]) -> str:

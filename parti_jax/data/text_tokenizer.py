@@ -1,9 +1,10 @@
-"""Turns texts into token ids with a SentencePiece model or a tokenizer.json of Hugging Face's.
+"""Turns texts into token ids with a SentencePiece model, a tokenizer.json of Hugging Face's, or classes.
 
 | file | class |
 |---|---|
 | SentencePiece model | `parti_jax.data.vocabulary.TextVocabulary` |
 | `tokenizer.json`, such as of CLIP's byte pairs | `parti_jax.data.json_tokenizer.JsonTokenizer` |
+| names of classes | `parti_jax.data.class_tokenizer.ClassTokenizer` |
 """
 
 from __future__ import annotations
@@ -103,10 +104,14 @@ def open_tokenizer(path: str | os.PathLike[str], lower_case: bool = False) -> Te
   Raises:
     UserError: the file is missing or damaged, or of another kind.
   """
-  # Imported here because both import this module.
+  # Imported here because they import this module.
+  from parti_jax.data import class_tokenizer
   from parti_jax.data import json_tokenizer
   from parti_jax.data import vocabulary
 
-  if read_file(path).lstrip()[:1] == b'{':
+  content = read_file(path)
+  if class_tokenizer.is_file(content):
+    return class_tokenizer.ClassTokenizer(path)
+  if content.lstrip()[:1] == b'{':
     return json_tokenizer.JsonTokenizer(path)
   return vocabulary.TextVocabulary(os.fspath(path), lower_case)

@@ -58,6 +58,11 @@ def is_of_texts(arrays: Arrays) -> bool:
   return prefix_of(arrays) + _NO_TEXT in arrays
 
 
+def class_count(arrays: Arrays) -> int:
+  """Returns the number of classes of a network that takes classes."""
+  return _matrix(arrays, prefix_of(arrays) + _CLASSES)[0] - 1
+
+
 def config_of(
   arrays: Arrays,
   grid: tuple[int, int],
@@ -97,8 +102,7 @@ def config_of(
   if not is_of_texts(arrays):
     if text_encoder is not None:
       raise UserError('--text_encoder: the network takes classes, not texts; leave it out')
-    classes = _matrix(arrays, prefix + _CLASSES)[0] - 1
-    return llamagen.LlamaGenConfig(**sizes, classes=classes)
+    return llamagen.LlamaGenConfig(**sizes, classes=class_count(arrays))
   if text_encoder is None:
     raise UserError(
       '--text_encoder is required: the network takes the features of texts; give the folder that '

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_llamagen
 
 from parti_jax.core.errors import UserError
 from parti_jax.exported_model import model_folder
@@ -24,7 +25,6 @@ from parti_jax.sampling import decoding
 from parti_jax.sampling import parameters
 from parti_jax.sampling import slots
 from parti_jax.sampling import speculative
-from tests import tiny_llamagen
 
 T5 = t5_encoder.T5EncoderConfig(
   layers=1,
