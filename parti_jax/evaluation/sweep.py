@@ -190,13 +190,17 @@ def _sets(report: Mapping[str, Any]) -> list[tuple[str, Sequence[Mapping[str, An
 def _row(values: Mapping[str, Any]) -> distribution.Row:
   """Returns a row from its JSON."""
   row = distribution.Row(**values)
-  estimates = {
-    name: distribution.Estimate(**value)
-    for name in ('inception_score', 'alignment')
-    if (value := values[name]) is not None
-  }
+
+  def estimate(name: str) -> distribution.Estimate | None:
+    return None if values[name] is None else distribution.Estimate(**values[name])
+
   scores = {name: distribution.Estimate(**value) for name, value in values['scores'].items()}
-  return dataclasses.replace(row, scores=scores, **estimates)
+  return dataclasses.replace(
+    row,
+    inception_score=estimate('inception_score'),
+    alignment=estimate('alignment'),
+    scores=scores,
+  )
 
 
 def value_text(value: Any) -> str:

@@ -75,7 +75,7 @@ def _places(file: IO[bytes], path: str, name: str, start: int, depth: int) -> It
           numbers[stem] = _number(tar, member, path)
         elif ending in image_decoding.ENDINGS:
           pictures.append((member.name, start + member.offset_data, member.size))
-        tar.members = []  # Otherwise it keeps all headers.
+        tar.members = []  # type: ignore[attr-defined]  # Otherwise it keeps all headers.
       _check_end(file, tar.offset)
   except (tarfile.TarError, EOFError, ValueError) as error:
     raise UserError(

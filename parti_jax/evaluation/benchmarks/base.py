@@ -7,7 +7,6 @@ import dataclasses
 import io
 import json
 import pathlib
-from collections.abc import Hashable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
@@ -200,7 +199,7 @@ def read_results(path: str, what: str) -> str:
   return text
 
 
-def over_prompts(values: Mapping[Hashable, Sequence[float]]) -> distribution.Estimate:
+def over_prompts(values: Mapping[str, Sequence[float]]) -> distribution.Estimate:
   """Returns the mean over all pictures, and its standard error over prompts.
 
   Pictures of one prompt are alike, so the error over pictures would be too small. With different

@@ -42,7 +42,7 @@ class DPG(base.Benchmark):
     names = sorted(name for name in storage.names(path) if name.endswith('.txt'))
     if not names:
       raise UserError(f'{path} has no .txt file; expected {_FOLDER}')
-    prompts = []
+    prompts: list[base.Prompt] = []
     for name in names:
       file, stem = storage.join(path, name), name.removesuffix('.txt')
       if '.' in stem or not stem:
@@ -105,7 +105,7 @@ class DPG(base.Benchmark):
     stated: float | None,
     path: str,
   ) -> base.Scores:
-    overall = base.over_prompts({name: [np.mean(values)] for name, values in found.items()})
+    overall = base.over_prompts({name: [float(np.mean(values))] for name, values in found.items()})
     if stated is not None and abs(stated - 100 * overall.mean) > 1e-3:
       raise UserError(
         f'--results {path}: its last line states {stated:.4f}, but the pictures in it have the mean '

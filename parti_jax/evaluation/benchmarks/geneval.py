@@ -21,6 +21,8 @@ from parti_jax.evaluation.benchmarks import base
 _FILE = 'the file evaluation_metadata.jsonl of GenEval'
 _RESULTS = 'the file results.jsonl that evaluate_images.py of GenEval writes'
 _PROMPTS = 553
+# Texts of a row of the results.
+_KEYS = ('filename', 'tag', 'metadata')
 # In the order of the paper's table.
 _TASKS = ('single_object', 'two_object', 'counting', 'colors', 'position', 'color_attr')
 
@@ -34,7 +36,7 @@ class GenEval(base.Benchmark):
   results_are = _RESULTS
 
   def read(self, path: str) -> list[base.Prompt]:
-    prompts = []
+    prompts: list[base.Prompt] = []
     for number, line in base.read_lines(path, _FILE):
       where = f'{path}, line {number}'
       row = base.parse_json(line, where, _FILE)
@@ -71,14 +73,13 @@ class GenEval(base.Benchmark):
       where = f'--results {path}, line {number}'
       row = base.parse_json(line, where, _RESULTS)
       right = row.get('correct') if isinstance(row, dict) else None
-      names = [row.get(key) if isinstance(row, dict) else None for key in ('tag', 'metadata')]
-      if not isinstance(right, bool) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{where}: no 'tag', 'metadata' and 'correct'; expected {_RESULTS}")
-      picture = row.get('filename')
+      texts = [row[key] for key in _KEYS if isinstance(row, dict) and isinstance(row.get(key), str)]
+      if not isinstance(right, bool) or len(texts) < len(_KEYS):
+        raise UserError(f"{where}: no texts {', '.join(_KEYS)} and 'correct'; expected {_RESULTS}")
+      picture, tag, metadata = texts
       if picture in pictures:
         raise UserError(f'{where}: {picture} was judged before; judge the pictures again')
       pictures.add(picture)
-      tag, metadata = names
       found[tag][metadata].append(float(right))
     return self._scores(found)
 

@@ -71,7 +71,7 @@ class T2ICompBench(base.Benchmark):
         f'{path}: no category {category!r}; name the file after one of {", ".join(JUDGES)}, such as '
         'color_val.txt'
       )
-    prompts = []
+    prompts: list[base.Prompt] = []
     for number, line in base.read_lines(path, _FILES):
       text = line.split('\t')[0].strip()  # The training files have columns.
       if bad := next((letter for letter in '_/\0' if letter in text), None):
@@ -170,7 +170,9 @@ def _answers(file: str) -> dict[int, float]:
   expected = f'a list of objects with question_id and answer in {file}'
   rows = base.parse_json(base.read_results(file, expected), f'--results {file}', expected)
   found: dict[int, float] = {}
-  for row in rows if isinstance(rows, list) else [None]:
+  if not isinstance(rows, list):
+    raise UserError(f'--results {file}: damaged; expected {expected}')
+  for row in rows:
     try:
       number, answer = row['question_id'], float(row['answer'])
       if isinstance(number, bool) or not isinstance(number, int) or not math.isfinite(answer):
