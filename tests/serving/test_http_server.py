@@ -458,3 +458,41 @@ def test_the_command_serves_until_sigterm(served_folder, served_model, tmp_path)
     process.communicate()
   with pytest.raises(OSError):
     socket.create_connection(('127.0.0.1', client.port), 5)
+
+
+@pytest.mark.slow
+def test_two_hundred_clients_of_all_kinds(running, served_model):
+  """Each gets what it asked for; those that go away, or ask for nonsense, harm nobody."""
+  server = running(queue=400, images=4)
+  prompts = ['red apple', 'green apple', 'blue ball', 'waving hand']
+  wanted = served_model.generate(prompts, 4, seed=9).images
+
+  def client(number):
+    prompt, kind = prompts[number % 4], number % 5
+    if kind == 0:  # Goes away at some time.
+      body = json.dumps({'prompt': prompt, 'n': 4, 'stream': number % 2 == 0}).encode()
+      with server.connect() as connection:
+        connection.sendall(head(len(body)) + body)
+        time.sleep(0.01 * (number % 40))
+      return True
+    if kind == 1:
+      return server.draw(prompt=prompt, n=number)[0] == 400
+    if kind == 2:
+      events = server.events(prompt=prompt, seed=9, n=2)
+      pictures = [content for name, content in events if name.endswith('completed')]
+      assert len(events) > len(pictures) == 2
+    else:
+      status, content = server.draw(prompt=prompt, seed=9, n=3)
+      assert status == 200
+      pictures = content['data']
+    return all(
+      np.abs(pixels(picture)[0].astype(int) - wanted[number % 4, column]).max() <= 1
+      for column, picture in enumerate(pictures)
+    )
+
+  with concurrent.futures.ThreadPoolExecutor(200) as threads:
+    assert all(threads.map(client, range(5, 205)))
+  wait_until(lambda: server.service.pending == 0)
+  sampler = server.service.sampler
+  wait_until(lambda: (sampler.running, sampler.waiting) == (0, 0))
+  wait_until(lambda: not server.server.server_state.connections)
