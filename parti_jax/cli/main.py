@@ -83,6 +83,18 @@ COMMANDS = {
     'compare super-resolution with bicubic enlargement',
   ),
   'evaluate': ('parti_jax.cli.evaluate', 'measure a model and compare it with baselines'),
+  'evaluate_samples': (
+    'parti_jax.cli.evaluate_samples',
+    'compare samples with a reference: FID, sFID, inception score, precision, recall',
+  ),
+  'evaluate_tokenizer': (
+    'parti_jax.cli.evaluate_tokenizer',
+    'measure how well an image tokenizer reconstructs pictures: rFID, PSNR, SSIM, LPIPS, code use',
+  ),
+  'compare': (
+    'parti_jax.cli.compare',
+    'compare the numbers of two measurements, if their protocols are the same',
+  ),
   'prompts': (
     'parti_jax.cli.prompts',
     'generate pictures for the prompts of PartiPrompts or another benchmark, and show results',

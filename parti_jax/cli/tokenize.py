@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import re
 from collections.abc import Callable
 
 from parti_jax.core import checks
@@ -74,11 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     help='convert a token cache of version 1 to version 2, instead of tokenizing',
   )
   distributed.add_arguments(parser)
-  parser.add_argument(
-    '--worker',
-    metavar='I/N',
-    help='do the share with index I, from 0, of N independent processes, which may run in any order',
-  )
+  distributed.add_worker(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -105,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     for flag in ('text_length', 'text_features_dtype'):
       if getattr(args, flag) is not None:
         raise UserError(f'--{flag} is of --text_encoder; give both or neither')
-  worker = _worker(args)
+  worker = distributed.worker(args)
   found = None if worker else distributed.processes(args)
   if found is None:
     _write(args, lambda: worker or (0, 1), together=False)
@@ -125,24 +120,6 @@ def run(args: argparse.Namespace) -> int:
   with watched.failures():
     _write(args, connect, together=True)
   return 0
-
-
-def _worker(args: argparse.Namespace) -> tuple[int, int] | None:
-  """Returns (index, number) of independent processes; None if --worker is not given."""
-  if args.worker is None:
-    return None
-  together = ('multi_host', 'coordinator', 'num_processes', 'process_id')
-  given = [
-    name
-    for name in together
-    if getattr(args, name) is not None and getattr(args, name) is not False
-  ]
-  if given:
-    raise UserError(f'--worker is for independent processes; drop either it or --{given[0]}')
-  match = re.fullmatch(r'(\d{1,9})/(\d{1,9})', args.worker)
-  if not match or int(match[1]) >= int(match[2]):
-    raise UserError(f'--worker={args.worker} must be I/N with I from 0 to N-1, such as 0/4')
-  return int(match[1]), int(match[2])
 
 
 def _write(

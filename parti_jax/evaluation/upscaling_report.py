@@ -13,6 +13,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from parti_jax.core.errors import UserError
+from parti_jax.evaluation.metrics import reconstruction
 
 # Inputs of the enlargement -> their labels in the report.
 INPUTS = {
@@ -119,7 +120,7 @@ def evaluate(
       for name, images in inputs.items()
     }
     for name, how in itertools.product(INPUTS, _ENLARGED_BY):
-      psnr[name][how].append(_psnr(enlarged[name][how], large))
+      psnr[name][how].append(reconstruction.psnr(enlarged[name][how], large))
     samples.append((inputs['tokenizer'], *enlarged['tokenizer'].values(), large))
   if not samples:
     raise UserError('no pictures to enlarge')
@@ -166,14 +167,6 @@ def _bicubic(
       for image in images
     ]
   )
-
-
-def _psnr(
-  images: UInt8[np.ndarray, 'pictures height width 3'],
-  originals: UInt8[np.ndarray, 'pictures height width 3'],
-) -> Float64[np.ndarray, 'pictures']:
-  error = np.mean((images.astype(np.float64) - originals) ** 2, axis=(1, 2, 3))
-  return 10.0 * np.log10(255.0**2 / np.maximum(error, 1e-6))
 
 
 def _with_error(values: Float64[np.ndarray, 'pictures']) -> str:

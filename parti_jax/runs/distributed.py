@@ -120,6 +120,37 @@ def processes(args: argparse.Namespace) -> Processes | None:
   return Processes(**given, timeout=args.connect_timeout)
 
 
+def add_worker(parser: argparse.ArgumentParser) -> None:
+  """Adds the flag of a process that works independently of the others."""
+  parser.add_argument(
+    '--worker',
+    metavar='I/N',
+    help='do the share with index I, from 0, of N independent processes, which may run in any order',
+  )
+
+
+def worker(args: argparse.Namespace) -> tuple[int, int] | None:
+  """Returns (index, number) of independent processes; None if --worker is not given.
+
+  Raises:
+    UserError: the flag is malformed, or excluded by those of a multi-host run.
+  """
+  if args.worker is None:
+    return None
+  together = ('multi_host', 'coordinator', 'num_processes', 'process_id')
+  given = [
+    name
+    for name in together
+    if getattr(args, name) is not None and getattr(args, name) is not False
+  ]
+  if given:
+    raise errors.UserError(f'--worker is for independent processes; drop either it or --{given[0]}')
+  match = re.fullmatch(r'(\d{1,9})/(\d{1,9})', args.worker)
+  if not match or int(match[1]) >= int(match[2]):
+    raise errors.UserError(f'--worker={args.worker} must be I/N with I from 0 to N-1, such as 0/4')
+  return int(match[1]), int(match[2])
+
+
 def connect(found: Processes) -> None:
   """Connects to the other processes; call it before any device is used.
 

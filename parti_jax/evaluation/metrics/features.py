@@ -113,12 +113,10 @@ class Inception:
     digest: SHA-256 of the file of weights.
   """
 
-  resizes = False
-
   def __init__(
     self,
     weights: str,
-    image_size: int = 256,
+    image_size: int | None = 256,
     spatial: bool = False,
     module: inception.Inception = inception.PUBLISHED,
   ):
@@ -126,15 +124,18 @@ class Inception:
 
     Args:
       weights: path of torch-fidelity's file, INCEPTION_FILE.
-      image_size: height and width at which pictures are compared.
+      image_size: height and width at which pictures are compared; None leaves it to the network alone
+        to resize them.
       spatial: whether to compute features of places, for sFID.
       module: the network.
 
     Raises:
       UserError: the file is missing or damaged, or holds other weights.
     """
-    self.image_size = image_size
-    self.name = f'Inception v3 ({os.path.basename(weights)}), pictures of {image_size} pixels'
+    self.image_size = image_size or inception.SIZE
+    self.resizes = image_size is None
+    size = f'{image_size} pixels' if image_size else 'their own size'
+    self.name = f'Inception v3 ({os.path.basename(weights)}), pictures of {size}'
     try:
       params, self.digest = inception_file.read(weights, module)
     except UserError as error:
