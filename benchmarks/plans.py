@@ -1,4 +1,6 @@
-"""Plans of the paper's models on TPU pods and slices, one JSON file for each in benchmarks/plans/.
+"""Plans of the paper's models on TPU pods and slices, and of public ones.
+
+Each is one JSON file in benchmarks/plans/.
 
     python benchmarks/plans.py            makes those that are missing, one after another
     python benchmarks/plans.py --list     names them, with the command of each
@@ -69,6 +71,13 @@ def plans() -> dict[str, list[str]]:
     '--gin.make_mesh.fsdp=1',
     '--gin.make_mesh.tensor=8',
   ]
+  # Sampling of public models, whose networks fit on one chip.
+  for size, mesh in (('mini', 'data'), ('mega', 'tensor')):
+    sample = ['--what=sample', f'--gin_file=gin_configs/runs/dalle_{size}.gin']
+    one = ['--topology=v5e:1x1', '--batch_size=16', '--gin.make_mesh.fsdp=1']
+    four = ['--topology=v5e:2x2', '--batch_size=64', '--gin.make_mesh.fsdp=1']
+    found[f'dalle_{size}_v5e_sample'] = sample + one
+    found[f'dalle_{size}_v5e_4_sample'] = [*sample, *four, f'--gin.make_mesh.{mesh}=4']
   found['20b_v5e_sample_int8'] = [*found['20b_v5e_sample'], '--weights=int8']
   found['20b_v5e_sample_int8_cache'] = [*found['20b_v5e_sample_int8'], '--cache=int8']
   return found
