@@ -293,3 +293,17 @@ def test_a_run_goes_on_from_it_and_is_exported(models, kind, tmp_path):
   assert main.main([*command, '--num_images=1']) == 0
   (picture,) = (tmp_path / 'drawn').glob('*seed0_0.png')
   assert Image.open(picture).size == (6, 6)
+
+
+def test_samples_of_all_classes(models, sources, loaded, tmp_path, capsys):
+  flags = ['--dataset=imagenet', f'--classes={sources / "names.txt"}', f'--model={models / "c2i"}']
+  flags += ['--per_class=2', f'--output_dir={tmp_path / "out"}']
+  assert main.main(['evaluate', *flags]) == 2
+  assert 'draws classes by their numbers; give --label=id' in capsys.readouterr().err
+  assert main.main(['evaluate', *flags, '--label=id']) == 0
+  with np.load(tmp_path / 'out' / 'samples.npz') as found:
+    images, labels = found['arr_0'], found['arr_1']
+  assert labels.tolist() == [*range(CLASSES)] * 2 and images.shape == (10, 6, 6, 3)
+  for index, name in ((4, 'ice cream'), (5, 'cat')):
+    expected = loaded['c2i'].generate([name], num_images=1, first_index=index)
+    np.testing.assert_array_equal(images[index], expected.images[0, 0])
