@@ -1,6 +1,6 @@
 """Rejection of generated pictures by a ranker: what remains at several shares of acceptance.
 
-ViT-VQGAN (arXiv 2110.04627, section 5.2) and VQGAN report the FID of the share of pictures that a
+ViT-VQGAN (arXiv 2110.04627) and VQGAN (arXiv 2012.09841) report the FID of the share of pictures that a
 classifier is most certain of, from 1 to 0.05. Here a ranker accepts a share of the pictures of each
 caption. Rows compare the same number of pictures, since the Fréchet distance grows as that falls: as many
 of the accepted ones of each caption, at random, as the smallest share accepts.

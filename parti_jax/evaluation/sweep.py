@@ -1,8 +1,8 @@
 """Evaluations at several settings as curves: the distance from real pictures against the alignment.
 
 Guidance trades one for the other, so that a model is better than another only if its curve lies below
-(Parti, section 6; Saharia et al. 2022, arXiv 2205.11487, section 4). There is a curve for each set of
-real pictures and kind of features. Its lines connect values of the first setting.
+(Saharia et al. 2022, arXiv 2205.11487, figure 4). There is a curve for each set of real pictures and kind
+of features. Its lines connect values of the first setting.
 """
 
 from __future__ import annotations
