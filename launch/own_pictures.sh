@@ -5,6 +5,9 @@
 #
 #   launch/own_pictures.sh FOLDER "PROMPT" [--minutes=N] [ARGUMENTS OF parti-jax own_pictures]
 #
+# With --from=MODEL, the folder of a model, its generator is trained further instead, as a whole or as
+# --finetune=decoder or lora says; its vocabulary and image tokenizer stay.
+#
 # FOLDER has pictures and captions.jsonl with lines {"file": "a/1.jpg", "caption": "..."}, or pictures
 # each with a .txt file of the same name, or tar shards of such files.
 #

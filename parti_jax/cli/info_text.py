@@ -37,6 +37,7 @@ def run(found: dict[str, Any]) -> list[str]:
       'progress': _progress(found),
       'loss': _loss(found['loss']),
       'parameters': _count(found['parameters']),
+      'adapters': _adapters(found['lora']),
       'model': _sizes(found['model'] or {}),
       'devices': _devices(found),
       'versions': _versions(found['versions'] or {}),
@@ -54,6 +55,15 @@ def run(found: dict[str, Any]) -> list[str]:
   if found['unreadable']:
     lines += ['', f'{found["unreadable"]} lines of the journal are cut short or damaged']
   return lines
+
+
+def _adapters(lora: dict[str, Any] | None) -> str | None:
+  """Returns a text about the adapters that a run trains; None without."""
+  if lora is None:
+    return None
+  values = [f'{name} {lora.get(name)}' for name in ('rank', 'alpha')]
+  targets = ', '.join(map(str, lora.get('targets') or ()))
+  return f'{", ".join(values)}, of {targets}; base {lora.get("base")}'
 
 
 def model(found: dict[str, Any]) -> list[str]:

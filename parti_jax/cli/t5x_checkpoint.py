@@ -124,7 +124,13 @@ def run_to_t5x(model_dir, folder, step: int | None = None) -> str:
     if step is None
     else run_checkpoints.checkpoint_of(model_dir, step)
   )
-  objective = run_checkpoints.read_model(path)['stage']
+  described = run_checkpoints.read_model(path)
+  objective = described['stage']
+  if 'lora' in described:
+    raise errors.UserError(
+      f'{path} has adapters of a network (LoRA), which t5x does not know; `parti-jax export` adds them '
+      'to their base, and --model takes the folder that it writes'
+    )
   if objective not in _NETWORKS:
     raise errors.UserError(
       f'{path}: a checkpoint of the objective {objective!r}, which t5x has no model for; give a '
@@ -195,6 +201,11 @@ def to_run(path, model_dir, trainer, parameters_only: bool = False) -> str:
     raise errors.UserError(
       f'train.objective is {objective.name!r}, which t5x has no model for; give the gin '
       f'file of a run of {" or ".join(_NETWORKS)}'
+    )
+  if objective.lora is not None:
+    raise errors.UserError(
+      'train.objective is LoraObjective, whose adapters t5x does not know; set it to the objective of '
+      'the network'
     )
   _check_new(model_dir)
   state = (

@@ -32,7 +32,8 @@ def summarize(model_dir: str, verify: bool = False) -> dict[str, Any]:
   Returns:
     kind: 'run'.
     folder: `model_dir`.
-    stage, model, parameters: the objective's name, its model's sizes, how many parameters it has.
+    stage, model, parameters: the objective's name, its model's sizes, how many parameters are trained.
+    lora: what the run's checkpoints say about the adapters that it trains; None without adapters.
     state: 'finished', 'stopped' (on request, or interrupted), 'failed', 'killed', 'running',
       'running or killed' if only the run's host can know, or 'never started'.
     step, steps: the last known step, and the step at which the run ends.
@@ -67,6 +68,7 @@ def summarize(model_dir: str, verify: bool = False) -> dict[str, Any]:
     'folder': str(model_dir),
     'stage': facts.get('stage', model.get('stage')),
     'model': model.get('config'),
+    'lora': model.get('lora'),
     'parameters': facts.get('parameters'),
     'state': state,
     'step': step,
@@ -156,7 +158,9 @@ def _model(model_dir: str, found: list[dict[str, Any]]) -> dict[str, Any]:
     path = storage.join(model_dir, 'checkpoints', checkpoint['name'], 'model', 'metadata')
     try:
       model = storage.read_json(path, _LARGEST)
-      return {'stage': model['stage'], 'config': model['config']}
+      lora = model.get('lora')
+      described = {'stage': model['stage'], 'config': model['config']}
+      return described | ({'lora': lora} if isinstance(lora, dict) else {})
     except (OSError, ValueError, LookupError, TypeError, errors.UserError):
       continue
   return {}

@@ -298,7 +298,7 @@ def check_vocabularies(objective: base.Objective, task: str) -> None:
   for feature, (key, size) in objective.vocabulary_sizes().items():
     found = sizes.get(feature, size)
     way_out = f'set --gin.{key}={found}'
-    if feature == 'inputs' and objective.sources():  # The table of an imported text encoder.
+    if feature == 'inputs' and 'text_encoder' in objective.sources():  # Its table is imported.
       way_out = 'set vocabulary.path to the folder of the text encoder'
     if found > size or (feature == 'targets' and found != size):
       raise errors.UserError(

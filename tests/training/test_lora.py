@@ -204,6 +204,12 @@ def test_adapters_have_the_effect_of_the_product(base):
     np.testing.assert_allclose((found[name] - flat[name])[layer], scale * out, atol=1e-5)
 
 
+def test_info_says_what_is_adapted(base, trained, capsys):
+  assert main.main(['info', str(trained[0])]) == 0
+  shown = ' '.join(capsys.readouterr().out.split())
+  assert f'rank 3, alpha 6.0, of {", ".join(TARGETS)}; base {base}' in shown
+
+
 def test_merged_equals_unmerged(base, trained, tmp_path, capsys):
   folder, trainer, state = trained
   export = ['export', f'--base={base}', f'--generator={folder}', f'--output_dir={tmp_path / "new"}']
