@@ -21,6 +21,8 @@ from parti_jax.importers import vqgan as vqgan_importer
 from parti_jax.models import dalle_mini
 from parti_jax.models import generators
 from parti_jax.models import vqgan
+from parti_jax.partitioning import mesh as mesh_lib
+from parti_jax.sampling import continuous
 from parti_jax.sampling import text_to_image
 
 CODES = tiny_dalle_mini.CODES
@@ -207,6 +209,17 @@ def test_early_exit_and_speculative_decoding(loaded):
     'a red cat', num_images=2, temperature=0.0, speculative_window=4, speculative_rule='equal'
   )
   np.testing.assert_array_equal(drafted.tokens, plain.tokens)
+
+
+def test_a_running_batch_and_a_mesh_give_the_same_pictures(loaded, model):
+  plain = loaded.generate('a red cat', num_images=2, temperature=0.0)
+  with continuous.ContinuousSampler(loaded, batch_size=2) as sampler:
+    joined = sampler.submit('a red cat', temperature=0.0).result()
+  np.testing.assert_array_equal(joined.tokens[0], plain.tokens[0, :1])
+  devices = jax.devices()[:2]
+  sharded = text_to_image.load(model, mesh=mesh_lib.make_mesh(fsdp=2, devices=devices))
+  found = sharded.generate('a red cat', num_images=2, temperature=0.0)
+  np.testing.assert_array_equal(found.tokens, plain.tokens)
 
 
 def test_int8_weights_and_cache(model):
