@@ -15,7 +15,6 @@ from parti_jax.evaluation.benchmarks import drawing
 from parti_jax.evaluation.benchmarks import registry
 from parti_jax.evaluation.benchmarks import results
 
-PROTOCOL_FILE = 'protocol.json'
 # Prompts that were cut and are named on stderr.
 _NAMED = 3
 
@@ -95,10 +94,10 @@ def draw(args: argparse.Namespace) -> int:
     'picture_format': benchmark.picture_format,
   }
   output_folder.write(
-    folder / PROTOCOL_FILE,
+    folder / drawing.PROTOCOL_FILE,
     (json.dumps(protocol, indent=2, ensure_ascii=False) + '\n').encode(),
   )
-  print(folder / PROTOCOL_FILE)
+  print(folder / drawing.PROTOCOL_FILE)
   print(images)
   if len(prompts) < len(all_prompts):
     print(
@@ -126,7 +125,9 @@ def show_results(args: argparse.Namespace) -> int:
   table = results.read(args.results)
   folder = output_folder.make(args.output_dir)
   print(table.text())
-  for name, content in (('results.md', table.markdown()), ('results.json', table.json())):
+  files = {'results.md': table.markdown()}
+  files |= {f'{name}.json': found.json() for name, found in table.measurements().items()}
+  for name, content in files.items():
     output_folder.write(folder / name, content.encode())
     print(folder / name)
   return 0

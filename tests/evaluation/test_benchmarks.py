@@ -16,6 +16,7 @@ from PIL import Image
 import parti_jax
 from parti_jax.cli import prompts as prompts_lib
 from parti_jax.core.errors import UserError
+from parti_jax.evaluation import measurement
 from parti_jax.evaluation.benchmarks import drawing
 from parti_jax.evaluation.benchmarks import hps
 from parti_jax.evaluation.benchmarks import registry
@@ -348,9 +349,17 @@ def geneval_rows(right):
 
 
 def shown(tmp_path, *results):
+  """Returns the files of the results' measurements, with their scores in order."""
   run('--results', *results, f'--output_dir={tmp_path}/table')
-  content = json.loads((tmp_path / 'table' / 'results.json').read_text())
-  return content['benchmarks']
+  found = []
+  for name in (entry.partition('=')[0] for entry in results):
+    content = json.loads((tmp_path / 'table' / f'{name}.json').read_text())
+    counts = content['protocol']['counts']
+    scores = [
+      {'name': score, **value, **counts[score]} for score, value in content['values'].items()
+    ]
+    found.append(content | {'scores': scores, 'benchmark': content['protocol']['benchmark']})
+  return found
 
 
 def test_results_of_geneval(tmp_path, capsys):
@@ -483,6 +492,43 @@ def test_results_of_something_else(tmp_path, form, content):
   with pytest.raises(UserError, match='--results .*missing'):
     run('--results', f'{form}={tmp_path}/missing', f'--output_dir={tmp_path}/table')
   assert not (tmp_path / 'table').exists()
+
+
+def test_results_know_the_run_that_drew_the_pictures(pipeline, geneval, tmp_path):
+  run(geneval, '--format=geneval', '--seed=3', '--top_p=0.5', f'--output_dir={tmp_path}/out')
+  text = geneval_rows([[True] * 4, [False] * 4, [False] * 4])
+  for place in ('out', 'out/images', 'elsewhere'):
+    (tmp_path / place).mkdir(exist_ok=True)
+    (tmp_path / place / 'results.jsonl').write_text(text)
+    (found,) = shown(tmp_path, f'geneval={tmp_path}/{place}/results.jsonl')
+    subject, protocol = found['subject'], found['protocol']
+    if place == 'elsewhere':
+      assert set(subject) == {'results'} and 'num_images' not in protocol
+    else:
+      assert subject['seed'] == 3 and subject['sampling'] == {'top_p': 0.5}
+      assert subject['model_name'] == 'fake' and subject['prompts_cut'] == 0
+      assert protocol['num_images'] == 4 and protocol['prompts_drawn'] == 3
+  # A run of another benchmark is not that run.
+  (tmp_path / 'out' / 'hps.txt').write_text(
+    f'{"photo":<15} 26.00 \t 0.0600\n{"Average":<15} 26.00 \t\n'
+  )
+  (found,) = shown(tmp_path, f'hps={tmp_path}/out/hps.txt')
+  assert 'seed' not in found['subject']
+
+
+def test_measurements_can_be_compared(tmp_path):
+  for name, right in (('a', [[True], [True], [False]]), ('b', [[True], [False], [False]])):
+    (tmp_path / f'{name}.jsonl').write_text(geneval_rows(right))
+    run('--results', f'geneval={tmp_path}/{name}.jsonl', f'--output_dir={tmp_path}/{name}')
+  paths = (str(tmp_path / 'a' / 'geneval.json'), str(tmp_path / 'b' / 'geneval.json'))
+  text = measurement.compare(paths).text()
+  assert re.search(r'counting .*50\.0000 ± 50\.0000 .* 0\.0000 ± 0\.0000 ', text)
+  (tmp_path / 'b.jsonl').write_text(geneval_rows([[True], [False]]))
+  run('--results', f'geneval={tmp_path}/b.jsonl', f'--output_dir={tmp_path}/b')
+  with pytest.raises(
+    UserError, match=r'not measured by the same protocol.*counts\.counting\.prompts'
+  ):
+    measurement.compare(paths)
 
 
 def test_errors_of_means_with_unequal_numbers_of_pictures():

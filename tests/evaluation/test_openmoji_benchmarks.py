@@ -71,12 +71,12 @@ def test_scenes_as_geneval(tmp_path, monkeypatch):
   results = tmp_path / 'results.jsonl'
   geneval_scenes.main(['judge', str(tmp_path / 'out' / 'images'), '--outfile', str(results)])
   run('--results', f'geneval={results}', f'--output_dir={tmp_path}/table')
-  (found,) = json.loads((tmp_path / 'table' / 'results.json').read_text())['benchmarks']
-  values = {score['name']: score['value'] for score in found['scores']}
+  found = json.loads((tmp_path / 'table' / 'geneval.json').read_text())
+  values = {name: value['value'] for name, value in found['values'].items()}
   assert set(values) == {row['tag'] for row in rows} | {'overall'}
   # At 64 pixels, the judge finds nearly all of the real pictures right.
   assert 65 <= values['overall'] <= 75
-  assert found['scores'][-1]['pictures'] == 4 * 12
+  assert found['protocol']['counts']['overall']['pictures'] == 4 * 12
 
 
 @pytest.mark.parametrize('count', [10, 1000])

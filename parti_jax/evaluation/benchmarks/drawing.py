@@ -19,6 +19,7 @@ from parti_jax.core.errors import UserError
 from parti_jax.evaluation.benchmarks import base
 
 IMAGES = 'images'
+PROTOCOL_FILE = 'protocol.json'
 # Pictures to generate between two writes; a stopped run loses at most this many.
 _AT_ONCE = 64
 

@@ -1,16 +1,22 @@
-"""The results of several benchmarks' judges as one table, and as JSON."""
+"""The results of several benchmarks' judges as one table, and as measurements."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 from parti_jax.core.errors import UserError
+from parti_jax.evaluation import measurement
 from parti_jax.evaluation import tables
 from parti_jax.evaluation.benchmarks import base
+from parti_jax.evaluation.benchmarks import drawing
 from parti_jax.evaluation.benchmarks import registry
 
+# Folders around results in which the run's protocol may be.
+_LEVELS = 4
 _NOTE = '± is the standard error over prompts, as far as the results of a judge tell it.'
 
 
@@ -53,13 +59,61 @@ class Table:
     """Renders the table in Markdown."""
     return '\n\n'.join(['# Benchmarks', tables.markdown(self.cells()), *self.notes()]) + '\n'
 
-  def json(self) -> str:
-    """Renders all numbers, unrounded, as JSON."""
-    content = [
-      {'format': name, 'file': file, **dataclasses.asdict(scores)}
-      for (name, file), scores in zip(self.files, self.scores)
-    ]
-    return json.dumps({'benchmarks': content}, indent=2, ensure_ascii=False, allow_nan=False) + '\n'
+  def measurements(self) -> dict[str, measurement.Measurement]:
+    """Returns {name of a benchmark on the command line: its scores and their protocol}."""
+    return {
+      name: _measurement(name, path, scores)
+      for (name, path), scores in zip(self.files, self.scores)
+    }
+
+
+def _measurement(name: str, path: str, scores: base.Scores) -> measurement.Measurement:
+  """Returns scores in the form that `parti-jax compare` reads."""
+  run = protocol_of(name, path)
+  protocol: dict[str, Any] = {
+    'benchmark': scores.benchmark,
+    'unit': scores.unit,
+    'counts': {
+      score.name: {'prompts': score.prompts, 'pictures': score.pictures} for score in scores.scores
+    },
+    'picture_format': registry.BENCHMARKS[name].picture_format,
+  }
+  protocol |= {key: run[key] for key in ('prompts', 'prompts_drawn', 'num_images') if key in run}
+  of_model = ('model_name', 'model', 'ranker', 'image_size', 'seed', 'sampling', 'prompts_cut')
+  return measurement.Measurement(
+    'benchmark',
+    protocol,
+    {'results': path, **{key: run[key] for key in of_model if key in run}},
+    {
+      score.name: measurement.Value(
+        score.value, score.error, '' if score.error is None else 'standard error over prompts'
+      )
+      for score in scores.scores
+    },
+    list(scores.remarks),
+  )
+
+
+def protocol_of(name: str, path: str) -> dict[str, Any]:
+  """Returns what the run that drew the pictures says about itself.
+
+  Args:
+    name: name of the benchmark on the command line.
+    path: the judge's results, which are in the run's output folder, or in a folder of it.
+
+  Returns:
+    The content of its protocol.json, with the number of cut prompts in place of these; {} without a
+    file of this benchmark.
+  """
+  place = pathlib.Path(path).absolute()
+  for folder in (place, *place.parents)[:_LEVELS]:
+    try:
+      content = json.loads((folder / drawing.PROTOCOL_FILE).read_text(encoding='utf-8'))
+    except (OSError, ValueError, RecursionError):
+      continue
+    if isinstance(content, dict) and content.get('format') == name:
+      return content | {'prompts_cut': len(content.get('prompts_cut') or [])}
+  return {}
 
 
 def read(given: Sequence[str]) -> Table:
