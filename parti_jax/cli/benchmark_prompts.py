@@ -31,9 +31,7 @@ def draw(args: argparse.Namespace) -> int:
   """
   benchmark = registry.BENCHMARKS[args.format]
   num_images = benchmark.num_images if args.num_images is None else args.num_images
-  sampling = {
-    name: value for name, value in sampling_flags.given(args).items() if value is not None
-  }
+  sampling = sampling_flags.overriding(args)
   precision = sampling_flags.given_precision(args)
   all_prompts = benchmark.read(args.file)
   prompts = all_prompts[: args.max_prompts]

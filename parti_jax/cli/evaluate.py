@@ -8,17 +8,16 @@ import sys
 from typing import Any
 
 import parti_jax
+from parti_jax.cli import evaluate_classes
 from parti_jax.cli import evaluate_sweep
 from parti_jax.cli import sampling_flags
 from parti_jax.core import checks
 from parti_jax.core import start_cache
 from parti_jax.core.errors import UserError
-from parti_jax.data import class_names
 from parti_jax.data import openmoji
 from parti_jax.data import openmoji_grammar
 from parti_jax.data import openmoji_scenes
 from parti_jax.evaluation import captions_evaluation
-from parti_jax.evaluation import class_samples
 from parti_jax.evaluation import output_folder
 from parti_jax.evaluation import rejection
 from parti_jax.evaluation.datasets import coco
@@ -44,14 +43,7 @@ _OF_DATASETS: dict[tuple[str, ...], dict[str, Any]] = {
   ('openmoji_scenes',): {'of_seen_names': False},
   ('coco', 'localized_narratives'): {'annotations': None, 'pictures': None, 'num_captions': 30_000},
   ('coco',): {'tfds_dir': None},
-  ('imagenet',): {
-    'classes': None,
-    'label': 'name',
-    'template': '{}',
-    'per_class': 50,
-    'samples': ['npz'],
-    'sample_size': None,
-  },
+  ('imagenet',): evaluate_classes.DEFAULTS,
 }
 _NUM_IMAGES = {
   'openmoji': 4,
@@ -173,40 +165,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     metavar='N',
     help='maximum number of captions, chosen at random (default: 30000)',
   )
-  classes = parser.add_argument_group('imagenet')
-  classes.add_argument(
-    '--classes',
-    metavar='FILE',
-    help='names of the classes in the order of their ids: LOC_synset_mapping.txt, synset_words.txt, '
-    'imagenet_class_index.json, or any text file with a name on each line',
-  )
-  classes.add_argument(
-    '--label',
-    metavar='NAME',
-    help='the text of a class: name, or id for its number, which class-conditional generators read '
-    '(default: name)',
-  )
-  classes.add_argument(
-    '--template',
-    metavar='TEXT',
-    help='text around a name, with {} in its place (default: {}, only the name)',
-  )
-  classes.add_argument(
-    '--per_class', type=int, metavar='N', help='number of pictures of each class (default: 50)'
-  )
-  classes.add_argument(
-    '--samples',
-    nargs='+',
-    metavar='FORM',
-    help=f'{class_samples.NPZ_FILE} as evaluators read it (npz), or a folder of PNG files (png), or '
-    'both (default: npz)',
-  )
-  classes.add_argument(
-    '--sample_size',
-    type=int,
-    metavar='PIXELS',
-    help="height and width of these pictures (default: the model's)",
-  )
+  evaluate_classes.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -235,7 +194,7 @@ def _point(args: argparse.Namespace, shared: '_Shared') -> list[pathlib.Path]:
   evaluate = {
     'openmoji': _openmoji,
     'openmoji_scenes': _openmoji_scenes,
-    'imagenet': _imagenet,
+    'imagenet': evaluate_classes.run,
   }.get(args.dataset, _captions)
   report, pages, folder = evaluate(args, shared)
   sampling = {**report.sampling, **sampling_flags.given_precision(args)}
@@ -340,7 +299,7 @@ def _openmoji_scenes(args: argparse.Namespace, shared: _Shared):
   """Evaluates on scenes made of OpenMoji; returns the same values as `_openmoji`."""
   folder = output_folder.make(args.output_dir)
   settings = openmoji_scenes.Settings(of_seen_names=args.of_seen_names)
-  sampling = _sampling(args)
+  sampling = sampling_flags.overriding(args)
   output_folder.claim(
     folder,
     {
@@ -372,16 +331,11 @@ def _openmoji_scenes(args: argparse.Namespace, shared: _Shared):
   return report, pages, folder
 
 
-def _sampling(args: argparse.Namespace) -> dict[str, Any]:
-  """Returns the sampling settings that the flags give."""
-  return {name: value for name, value in sampling_flags.given(args).items() if value is not None}
-
-
 def _captions(args: argparse.Namespace, shared: _Shared):
   """Evaluates on captions of pictures; returns the same values as `_openmoji`."""
   captioned, model, extractors = shared.captioned, shared.model, shared.extractors
   folder = output_folder.make(args.output_dir)
-  sampling = _sampling(args)
+  sampling = sampling_flags.overriding(args)
   output_folder.claim(
     folder,
     {
@@ -419,68 +373,11 @@ def _captions(args: argparse.Namespace, shared: _Shared):
   return report, pages, folder
 
 
-def _imagenet(args: argparse.Namespace, shared: _Shared):
-  """Draws pictures of classes; returns the same values as `_openmoji`."""
-  classes = class_names.read(args.classes)
-  texts = classes.texts(args.label, args.template)
-  known = getattr(shared.model.config, 'classes', None)
-  if known is not None and args.label != 'id':
-    raise UserError(
-      f'--label={args.label}: the model {shared.model.model_name} draws classes by their numbers; give '
-      '--label=id'
-    )
-  if known is not None and len(texts) > known:
-    raise UserError(
-      f'--classes {args.classes} has {len(texts):,} classes, but the model '
-      f'{shared.model.model_name} knows {known:,}'
-    )
-  folder = output_folder.make(args.output_dir)
-  sampling = _sampling(args)
-  digest = output_folder.fingerprint(*(text.encode() for text in texts))
-  output_folder.claim(
-    folder,
-    {
-      'dataset': args.dataset,
-      'classes': digest,
-      'per_class': args.per_class,
-      'num_images': args.num_images,
-      'sample_size': args.sample_size,
-      'seed': args.seed,
-      'sampling': sampling | sampling_flags.given_precision(args),
-      'model': output_folder.model_fingerprint(args.model),
-      'ranker': output_folder.ranker_fingerprint(args.ranker if args.num_images > 1 else None),
-    },
-  )
-  report, shown = class_samples.draw(
-    shared.model,
-    texts,
-    args.per_class,
-    folder,
-    label=args.label,
-    template=args.template,
-    forms=args.samples,
-    sample_size=args.sample_size,
-    num_images=args.num_images,
-    seed=args.seed,
-    texts_digest=digest,
-    names=classes.texts('name', args.template) if classes.named else None,
-    progress=True,
-    batch_size=args.batch_size,
-    **sampling,
-  )
-  page = sheets.sheet(
-    f'The first picture of {len(shown.texts)} of {len(texts)} classes',
-    shown.texts,
-    [[image] for image in shown.images],
-  )
-  return report, {'contact_sheet': page}, folder
-
-
 def _rejection(args: argparse.Namespace, shared: _Shared) -> int:
   """Compares the pictures that the ranker accepts at several shares; returns the exit status."""
   rejection.check_ranker(shared.model)
   folder = output_folder.make(args.output_dir)
-  sampling = _sampling(args)
+  sampling = sampling_flags.overriding(args)
   if args.dataset == 'openmoji':
     comparisons = [
       rejection.of_openmoji(
@@ -595,28 +492,9 @@ def _check_flags(args: argparse.Namespace):
       )
   evaluate_sweep.check(args)
   if args.dataset == 'imagenet':
-    _check_imagenet(args)
+    evaluate_classes.check(args)
   known = _SPLITS.get(args.dataset, ())
   args.splits = args.splits or list(known)
   for split in args.splits:
     if split not in known:
       raise UserError(f'--splits: unknown split {split!r}; choose from {", ".join(known)}')
-
-
-def _check_imagenet(args: argparse.Namespace):
-  """Raises UserError for flags that don't apply to --dataset=imagenet, or are missing."""
-  if args.classes is None:
-    raise UserError(
-      '--dataset=imagenet needs --classes FILE, the names of the classes in the order of their ids'
-    )
-  if args.inception_weights is not None:
-    raise UserError(
-      '--inception_weights does not apply to --dataset=imagenet, which draws the samples and compares '
-      'them with nothing'
-    )
-  for form in args.samples:
-    if form not in class_samples.FORMS:
-      raise UserError(
-        f'--samples: unknown form {form!r}; choose from {", ".join(class_samples.FORMS)}'
-      )
-  class_names.read(args.classes).texts(args.label, args.template)

@@ -174,9 +174,7 @@ def run(
 
 def _claim(args: argparse.Namespace, shared) -> dict[str, Any]:
   """Returns what the points depend on, except the settings that vary."""
-  sampling = {
-    name: value for name, value in sampling_flags.given(args).items() if value is not None
-  }
+  sampling = sampling_flags.overriding(args)
   claim: dict[str, Any] = {name: getattr(args, name) for name in _OF_POINTS}
   claim |= {
     'sampling': sampling | sampling_flags.given_precision(args),

@@ -132,9 +132,7 @@ def run(args: argparse.Namespace) -> int:
   if args.format != _PARTI_PROMPTS:
     return benchmark_prompts.draw(args)
   args.num_images = args.num_images or _NUM_IMAGES
-  sampling = {
-    name: value for name, value in sampling_flags.given(args).items() if value is not None
-  }
+  sampling = sampling_flags.overriding(args)
   precision = sampling_flags.given_precision(args)
   prompts = prompts_file.read(args.file)[: args.max_prompts]
   start_cache.enable()

@@ -104,6 +104,15 @@ def given(args: argparse.Namespace) -> dict:
   return values
 
 
+def overriding(args: argparse.Namespace) -> dict[str, Any]:
+  """Returns the fields of SamplingSettings whose flags were given, by name.
+
+  Raises:
+    UserError: if a value is invalid; the message names it.
+  """
+  return {name: value for name, value in given(args).items() if value is not None}
+
+
 def add_precision(parser: argparse.ArgumentParser):
   """Adds --weights and --cache, which `parti_jax.load` takes; the defaults are None."""
   parser.add_argument(
