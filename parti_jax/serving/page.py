@@ -56,7 +56,7 @@ _CSS = """
 .growing img { width: 100%; height: 100%; display: block; }
 .growing .waiting { animation: waiting 1.6s ease-in-out infinite; }
 @keyframes waiting { 50% { opacity: .45; } }
-#empty { border: 1px dashed #8888; border-radius: 12px; padding: 90px 20px; text-align: center;
+#growing #empty { border: 1px dashed #8888; border-radius: 12px; padding: 90px 20px; text-align: center;
   opacity: .65; }
 #status { min-height: 1.6em; }
 #pictures .grid-container { gap: 8px; padding: 0;
@@ -67,10 +67,15 @@ _CSS = """
   height: auto; padding: 0; }
 #pictures .gallery-container, #history .gallery-container { min-height: 0 !important;
   height: auto !important; }
+#history .grid-container { grid-template-rows: none; grid-auto-rows: auto; height: auto; }
+#history .gallery-item { height: auto; }
 #history .thumbnail-item { aspect-ratio: 1; height: auto; }
 #history .grid-wrap { max-height: 300px; }
 #pictures, #history { background: none; border: none !important; box-shadow: none; padding: 0; }
-#pictures .grid-wrap, #growing { overflow: visible; padding: 0 !important; }
+#pictures .grid-wrap, #growing, #growing * { overflow: visible; padding: 0; }
+#growing .html-container { padding: 0 !important; }
+input[type="range"]::-webkit-slider-thumb { border: 1px solid #8888; }
+input[type="range"]::-moz-range-thumb { border: 1px solid #8888; }
 @media (max-width: 700px) {  /* Pictures come before the settings. */
   #halves > .column { display: contents; }
   #halves > .column > * { flex: 1 1 100%; }

@@ -28,8 +28,8 @@ _FLAGS = [
   '--disable-component-update',
   '--disable-sync',
 ]
-DESKTOP = {'width': 1200, 'height': 860}
-PHONE = {'width': 390, 'height': 860}
+DESKTOP = {'width': 1040, 'height': 640}
+PHONE = {'width': 390, 'height': 760}
 # Milliseconds that anything may take.
 _PATIENCE = 120_000
 _GAP = 16
@@ -105,17 +105,21 @@ def _states(chromium, url, viewport):
   return taken
 
 
-def _side_by_side(pictures):
-  """Returns pictures on one sheet, with few colors."""
-  size = (
-    sum(picture.width for picture in pictures) + _GAP * (len(pictures) - 1),
-    max(picture.height for picture in pictures),
-  )
+def _sheet(pictures):
+  """Returns pictures on one sheet, high ones side by side and wide ones below each other."""
+  widths, heights = zip(*(picture.size for picture in pictures))
+  gaps = _GAP * (len(pictures) - 1)
+  beside = heights[0] > widths[0]
+  across, down = (1, 0) if beside else (0, 1)
+  size = (sum(widths) + gaps, max(heights)) if beside else (max(widths), sum(heights) + gaps)
   sheet = Image.new('RGB', size, 'white')
-  left = 0
+  place = (0, 0)
   for picture in pictures:
-    sheet.paste(picture.convert('RGB'), (left, 0))
-    left += picture.width + _GAP
+    sheet.paste(picture.convert('RGB'), place)
+    place = (
+      place[0] + across * (picture.width + _GAP),
+      place[1] + down * (picture.height + _GAP),
+    )
   return sheet.quantize(192, dither=Image.Dither.NONE)
 
 
@@ -128,7 +132,7 @@ def main():
     with browser() as chromium:
       for name, viewport in (('desktop', DESKTOP), ('phone', PHONE)):
         path = folder / f'page_{name}.png'
-        _side_by_side(_states(chromium, url, viewport)).save(path, optimize=True)
+        _sheet(_states(chromium, url, viewport)).save(path, optimize=True)
         print(path)
   finally:
     process.terminate()
