@@ -12,10 +12,11 @@ from PIL import ImageDraw
 from parti_jax.sampling import images as images_lib
 
 _WIDTH, _HEIGHT = 560, 400
-_LEFT, _RIGHT, _TOP, _BOTTOM = 84, 24, 44, 56
+_LEFT, _RIGHT, _TOP, _BOTTOM = 84, 40, 64, 56
 _FONT_SIZE = 13
 _LINE = 17
 _TICKS = 5
+_TITLE_LINES = 2
 # Colors that color-blind people can distinguish (Okabe and Ito 2008).
 _COLORS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9', '#000000')
 
@@ -42,7 +43,8 @@ class Panel:
   """A chart.
 
   Attributes:
-    title: its heading.
+    title: its heading, of at most two lines. Like all texts, it may only have letters of Pillow's font,
+      which lacks those with accents.
     x_label: name of the horizontal axis.
     y_label: name of the vertical axis, above it.
     lines: name of a line, for the legend -> its points in order.
@@ -109,9 +111,9 @@ def _panel(draw: ImageDraw.ImageDraw, panel: Panel, upper: int) -> None:
   for y in y_ticks:
     draw.line([(_LEFT, down(y)), (right, down(y))], fill='#dddddd')
     draw.text((_LEFT - 6, down(y)), _number(y, y_ticks), fill='black', font=font, anchor='rm')
-  title = images_lib.wrap(panel.title, font, _WIDTH - 16)[0]
-  draw.text((8, upper + 6), title, fill='black', font=font)
-  draw.text((8, upper + 6 + _LINE), panel.y_label, fill='black', font=font)
+  title = images_lib.wrap(panel.title, font, _WIDTH - 16)[:_TITLE_LINES]
+  for number, line in enumerate([*title, panel.y_label]):
+    draw.text((8, upper + 6 + _LINE * number), line, fill='black', font=font)
   middle = (_LEFT + right) / 2
   draw.text((middle, lower + 8 + _LINE), panel.x_label, fill='black', font=font, anchor='ma')
   for number, (name, line) in enumerate(panel.lines.items()):

@@ -145,7 +145,7 @@ class Report:
     settings = ', '.join(f'{key} {value}' for key, value in self.sampling.items())
     lines = [
       f'{self.num_images} pictures of each caption, seed {self.seed}, sampling: '
-      f'{settings or "as the model is configured"}. The {self.ranker} accepts a share of them; '
+      f'{settings or "as the model is configured"}. A share of them is accepted by the {self.ranker}; '
       f'{self.compared} of the accepted ones of each caption are compared, at every share, so that rows '
       'have the same number of pictures. Alignment by the same ranker, and distances over its features, '
       'are optimistic.'
@@ -190,7 +190,7 @@ class Report:
         line_chart.Panel(
           table.title,
           'alignment; labels are the accepted share' if aligned else 'accepted share',
-          'Fréchet distance',
+          'Frechet distance',
           {'': points},
         )
       )

@@ -115,7 +115,7 @@ class Curve:
     return line_chart.Panel(
       self.title,
       f'alignment; labels are {first}' if aligned else first,
-      'Fréchet distance',
+      'Frechet distance',
       {name: line for name, line in lines.items()},
     )
 

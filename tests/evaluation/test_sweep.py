@@ -304,4 +304,4 @@ def test_points_are_drawn_where_they_belong():
   rows, columns = np.flatnonzero(blue.any(1)), np.flatnonzero(blue.any(0))
   # The first point is in the lower left corner, and the second at the top.
   assert blue[344, 84] and abs(rows.max() - 347) <= 2 and abs(columns.min() - 81) <= 2
-  assert blue[44].any()
+  assert blue[64].any()
