@@ -426,10 +426,12 @@ def _check_same_adapters(
       f'{path}: a checkpoint of {has}, but the run trains {has_not}; train in another --model_dir, '
       'or restore train.objective'
     )
-  for name in ('rank', 'alpha', 'targets') if saved and wanted else ():
+  if saved is None or wanted is None:
+    return
+  for name in ('rank', 'alpha', 'targets'):
     theirs, ours = (
-      tuple(value) if isinstance(value := model.get(name), list) else value
-      for model in (saved, wanted)
+      tuple(value) if isinstance(value, list) else value
+      for value in (saved.get(name), wanted.get(name))
     )
     if theirs != ours:
       raise errors.UserError(

@@ -128,10 +128,10 @@ class AdaptedArray(parameter_files.StoredArray):
         np.asarray(of_stack(b), np.float32)[(slice(None), *outputs)],
         1,
       )
-      if one.parts is None:
+      if one.part is None or one.parts is None:
         found += np.float32(self._scale) * product
       elif one.part in (chosen := range(*where[inputs].indices(one.parts))):
-        place = (slice(None),) * inputs + (chosen.index(one.part),)
+        place = (*(slice(None),) * inputs, chosen.index(one.part))
         found[place] += np.float32(self._scale) * product
     return found
 

@@ -402,7 +402,9 @@ class Trainer:
       return None
     draw, inputs = painter
     shardings = (self.shardings.params, None, self.batch_sharding, self._replicated)
-    with_constants = lambda params, constants, *others: draw(params | constants, *others)
+    with_constants = lambda params, constants, batch, arrays: draw(
+      params | constants, batch, arrays
+    )
     return jax.jit(with_constants, in_shardings=shardings, out_shardings=self._replicated), inputs
 
   @contextlib.contextmanager

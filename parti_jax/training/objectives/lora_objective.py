@@ -170,7 +170,8 @@ class LoraObjective(base_lib.Objective):
   @functools.cached_property
   def _abstract_base(self) -> dict[str, Any]:
     """Abstract parameters of the base, with their logical axis names."""
-    return model_folder.abstract(self.objective.name, self.objective.model)
+    config: Any = self.objective.model
+    return model_folder.abstract(self.objective.name, config)
 
   @functools.cached_property
   def _projections(self) -> list[lora.Projection]:
