@@ -62,8 +62,8 @@ def test_a_pixel_reaches_no_farther_than_it_says(name):
 
 def test_the_edge_of_a_large_receptive_field_does_not_count():
   config = real_esrgan.RRDBNetConfig()
-  assert config.reach == 64
-  assert dataclasses.replace(config, factor=2, unshuffle=2).reach == 2 * 64 + 1
+  assert config.reach == 96
+  assert dataclasses.replace(config, factor=2, unshuffle=2).reach == 2 * 96 + 1
 
 
 @pytest.mark.parametrize('name', CONFIGS)
