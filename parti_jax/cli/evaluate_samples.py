@@ -56,6 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     'samples and reference have different sizes (default: pictures stay as they are)',
   )
   parser.add_argument(
+    '--resize',
+    choices=tuple(features.RESIZES),
+    help="how pictures get Inception's 299 pixels: tensorflow1 as the FID is defined and ADM's evaluator "
+    'computes it, clean as clean-fid does (default: tensorflow1)',
+  )
+  parser.add_argument(
     '--statistics',
     metavar='FILE',
     help="also write the samples' mu, sigma, mu_s and sigma_s to this .npz, for use as a reference",
@@ -161,7 +167,7 @@ def network(
   """Returns the network that computes features, and what the protocol says of it.
 
   Args:
-    args: with the flags --inception_weights, --model and --ranker.
+    args: with the flags --inception_weights, --resize, --model and --ranker.
     spatial: whether to compute the features for sFID.
 
   Raises:
@@ -169,11 +175,12 @@ def network(
   """
   start_cache.enable()
   if args.inception_weights is not None:
-    inception = features.Inception(args.inception_weights, None, spatial)
+    resize = args.resize or 'tensorflow1'
+    inception = features.Inception(args.inception_weights, None, spatial, resize=resize)
     return inception, {
       'network': 'Inception v3 of 2015-12-05',
       'weights': inception.digest,
-      'resize': 'to 299 pixels, bilinear as TensorFlow 1, without antialiasing',
+      'resize': features.RESIZES[resize],
       'pixels': 'uint8',
     }
   import parti_jax
@@ -221,6 +228,8 @@ def _check_flags(args: argparse.Namespace) -> None:
 def check_network(args: argparse.Namespace) -> None:
   """Raises UserError for flags of networks that exclude each other or name no file."""
   if args.inception_weights is None:
+    if args.resize is not None:
+      raise UserError('--resize is of Inception, and needs --inception_weights FILE')
     return
   for flag in ('model', 'ranker'):
     if getattr(args, flag, None) is not None:

@@ -62,6 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     'distance over the features of a ranker, which is another number)',
   )
   parser.add_argument(
+    '--resize',
+    choices=tuple(features.RESIZES),
+    help="how pictures get Inception's 299 pixels: tensorflow1 as the FID is defined, clean as clean-fid "
+    'does (default: tensorflow1)',
+  )
+  parser.add_argument(
     '--ranker',
     metavar='PATH',
     help="without --inception_weights: folder of a ranker (default: the demo model's)",

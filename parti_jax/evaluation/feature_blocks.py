@@ -54,7 +54,8 @@ class Store:
     """
     buffer = io.BytesIO()
     text = np.frombuffer(json.dumps(facts).encode(), np.uint8)
-    np.savez(buffer, **{**arrays, _FACTS: text})
+    content: dict[str, Any] = {**arrays, _FACTS: text}
+    np.savez(buffer, **content)
     try:
       output_folder.write(self._path(index), buffer.getvalue())
     except OSError as error:

@@ -148,25 +148,24 @@ def read(path: str) -> Measurement:
       f"{path} isn't a measurement ({SCHEMA}), as `parti-jax evaluate_samples` and "
       '`parti-jax evaluate_tokenizer` write it to measurement.json'
     )
-  parts = [content.get(name) for name in ('protocol', 'subject', 'values')]
-  if not all(isinstance(part, dict) for part in parts) or not isinstance(content.get('kind'), str):
-    raise UserError(f'{path} is damaged: it lacks protocol, subject, values or kind')
-  protocol, subject, values = parts
+  for name, kind in (('protocol', dict), ('subject', dict), ('values', dict), ('kind', str)):
+    if not isinstance(content.get(name), kind):
+      raise UserError(f'{path} is damaged: it lacks {name}')
   remarks = content.get('remarks', [])
   return Measurement(
     content['kind'],
-    protocol,
-    subject,
-    {name: _value(path, name, value) for name, value in values.items()},
+    content['protocol'],
+    content['subject'],
+    {name: _value(path, name, value) for name, value in content['values'].items()},
     remarks if isinstance(remarks, list) else [],
   )
 
 
 def _value(path: str, name: str, value: Any) -> Value:
   if isinstance(value, dict):
-    number, error, error_of = (value.get(key) for key in ('value', 'error', 'error_of'))
-    if _is_number(number) and (error is None or _is_number(error)):
-      return Value(number, error, str(error_of or ''))
+    error = value.get('error')
+    if _is_number(value.get('value')) and (error is None or _is_number(error)):
+      return Value(value['value'], error, str(value.get('error_of') or ''))
   raise UserError(f'{path} is damaged: the value {name} is not a number')
 
 

@@ -129,16 +129,18 @@ def compute(
     UserError: pictures can't be read.
   """
   index, number = worker
-  assert pictures.count is not None
-  store.count = -(-pictures.count // picture_sets.BLOCK)
+  count = pictures.count
+  assert count is not None
+  blocks = -(-count // picture_sets.BLOCK)
+  store.count = blocks
 
   def wanted(block: int) -> bool:
     return block % number == index and not store.has(block)
 
-  if not any(map(wanted, range(store.count))):
+  if not any(map(wanted, range(blocks))):
     return
   with tqdm.tqdm(
-    total=pictures.count, desc=progress, unit='picture', disable=None if progress else True
+    total=count, desc=progress, unit='picture', disable=None if progress else True
   ) as bar:
     for place, block in enumerate(pictures.blocks(image_size, wanted)):
       if block is not None:
@@ -151,7 +153,7 @@ def compute(
             if (values := getattr(extracted, name)) is not None
           }
         store.write(place, found, facts_of(block))
-      bar.update(min(picture_sets.BLOCK, pictures.count - bar.n))
+      bar.update(min(picture_sets.BLOCK, count - bar.n))
 
 
 def facts_of(block: picture_sets.Block) -> dict[str, Any]:
@@ -422,7 +424,7 @@ def _precision_recall(
   least = min(map(len, pools))
   if least <= precision_recall.NEIGHBOURS:
     return {}, [f'Precision, recall: left out, since there are only {least} pictures.']
-  found = precision_recall.precision_recall(*pools)
+  found = precision_recall.precision_recall(pools[0], pools[1])
   values = {
     name: measurement.Value(
       share,
@@ -468,7 +470,7 @@ def statistics_file(store: feature_blocks.Store, place: str) -> bytes:
   Raises:
     UserError: there are fewer than two pictures.
   """
-  arrays: dict[str, np.ndarray] = {}
+  arrays: dict[str, Any] = {}
   for name, (mean, covariance) in _STATISTICS.items():
     gaussian = gaussian_of(store.arrays(name), place)
     if gaussian is not None:

@@ -123,9 +123,10 @@ class Reconstructor:
   def __call__(self, images: UInt8[np.ndarray, 'pictures size size 3']) -> Reconstructions:
     """Reconstructs pictures of the tokenizer's size."""
     parts = self._run(images)()
-    return Reconstructions(
-      *(None if part[0] is None else np.concatenate(part)[: len(images)] for part in zip(*parts))
-    )
+    joined: list[Any] = [
+      None if part[0] is None else np.concatenate(part)[: len(images)] for part in zip(*parts)
+    ]
+    return Reconstructions(*joined)
 
 
 def params_digest(params: PyTree) -> str:

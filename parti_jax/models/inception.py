@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 from jaxtyping import Float
+from jaxtyping import Float32
 from jaxtyping import PyTree
 from jaxtyping import UInt8
 
@@ -222,7 +223,9 @@ class Inception(nn.Module):
   divisor: int = 1
 
   @nn.compact
-  def __call__(self, images: UInt8[Array, 'batch height width 3']) -> Outputs:
+  def __call__(
+    self, images: UInt8[Array, 'batch height width 3'] | Float32[Array, 'batch height width 3']
+  ) -> Outputs:
     """Returns the features of pictures of any size, with values from 0 to 255."""
 
     def convolution(name: str, width: int, kernel: int, stride: int = 1, padded: bool = False):

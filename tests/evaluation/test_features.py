@@ -1,6 +1,7 @@
 """Tests of the networks that compute features."""
 
 import evaluation_fakes as fakes
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -88,9 +89,37 @@ def test_inceptions_features_come_in_batches_of_any_size(weights):
   np.testing.assert_array_equal(found[[2, 0]].spatial, whole.spatial[[2, 0]])
   assert 'inception.safetensors' in extractor.name and '32 pixels' in extractor.name
   assert extractor.texts(['a']) is None and len(extractor.digest) == 64
-  plain = features.Inception(weights, image_size=32, module=SMALL)(features.resized(images, 32))
-  assert plain.spatial is None
-  np.testing.assert_array_equal(plain.values, found.values)
+
+
+def test_pictures_are_resized_as_clean_fid_does():
+  """By the definition: bicubic with a = -0.5, stretched by the factor, in both directions."""
+  images = np.random.default_rng(0).integers(0, 256, (2, 24, 30, 3), dtype=np.uint8)
+
+  def matrix(old, new):
+    factor = max(old / new, 1)
+    centers = (np.arange(new) + 0.5) * old / new
+    x = np.abs((np.arange(old) + 0.5 - centers[:, None]) / factor)
+    near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    weights = np.where(x < 1, near, np.where(x < 2, far, 0))
+    return weights / weights.sum(axis=1, keepdims=True)
+
+  expected = np.einsum('ah,bw,nhwc->nabc', matrix(24, 9), matrix(30, 9), images.astype(float))
+  found = features.clean_resized(images, 9)
+  assert found.dtype == np.float32
+  np.testing.assert_allclose(found, expected.clip(0, 255), atol=1e-2)
+
+
+def test_inception_sees_cleanly_resized_pictures_as_they_are(weights):
+  images = np.random.default_rng(0).integers(0, 256, (2, 160, 160, 3), dtype=np.uint8)
+  extractor = features.Inception(weights, None, module=SMALL, resize='clean')
+  assert extractor.resizes and 'their own size' in extractor.name
+  found = extractor(images)
+  assert found.spatial is None
+  # Pictures of the network's size stay as they are.
+  rounded = extractor(features.resized(images, SMALL.size)).values
+  aliased = inception.resized(jnp.asarray(images, jnp.float32), SMALL.size)
+  others = extractor(np.asarray(aliased).astype(np.uint8)).values
+  assert np.abs(others - found.values).max() > 3 * np.abs(rounded - found.values).max() > 0
 
 
 @pytest.mark.parametrize('content', [b'no weights', b''])

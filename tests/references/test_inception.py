@@ -12,6 +12,7 @@ torch = pytest.importorskip('torch')
 fidelity = pytest.importorskip('torch_fidelity.feature_extractor_inceptionv3')
 interpolation = pytest.importorskip('torch_fidelity.interpolate_compat_tensorflow')
 
+from parti_jax.evaluation.metrics import features  # noqa: E402
 from parti_jax.importers import inception_file  # noqa: E402
 from parti_jax.models import inception  # noqa: E402
 
@@ -80,3 +81,10 @@ def test_resizing_is_tensorflow_1s(shape):
     rtol=1e-6,
     atol=1e-3,
   )
+
+
+def test_resizing_is_clean_fids():
+  resize = pytest.importorskip('cleanfid.resize').build_resizer('clean')
+  images = np.random.default_rng(0).integers(0, 256, (2, 410, 320, 3), dtype=np.uint8)
+  expected = np.stack([resize(image) for image in images])
+  np.testing.assert_array_equal(features.clean_resized(images, 299), expected)

@@ -142,10 +142,11 @@ class NpzSet(PictureSet):
         yield None
         continue
       images = self._found.rows(start, min(start + BLOCK, self.count))
-      same = size is None or images.shape[1:3] == (size, size)
-      if not same:
+      resized = 0
+      if size is not None and images.shape[1:3] != (size, size):
         images = np.stack([_square(Image.fromarray(image), size) for image in images])
-      yield _block(images, {}, ('uint8 array',), 0 if same else len(images))
+        resized = len(images)
+      yield _block(images, {}, ('uint8 array',), resized)
 
 
 class _Encoded(PictureSet):

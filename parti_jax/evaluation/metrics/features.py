@@ -7,6 +7,7 @@ aren't comparable.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import os
 import warnings
@@ -35,6 +36,13 @@ INCEPTION_FILE = 'pt_inception-2015-12-05-6726825d.pth'
 
 # Maximum height and width of the pictures that Inception compares.
 LARGEST_SIZE = 4096
+# How pictures get Inception's size: by the network itself, as the FID is defined and ADM's evaluator
+# computes it; or as clean-fid does.
+RESIZES = {
+  'tensorflow1': 'to 299 pixels, bilinear as TensorFlow 1, without antialiasing',
+  'clean': 'to 299 pixels, bicubic of float32 with antialiasing, by Pillow, as clean-fid',
+}
+_RESIZE_THREADS = 4
 # Pictures that an accelerator processes at once.
 _GROUP = 64
 
@@ -105,9 +113,9 @@ class Extractor(Protocol):
 class Inception:
   """Inception v3 as defined for the FID: its pool of 2,048 features.
 
-  The network itself resizes to 299 pixels like TensorFlow 1, as the FID's definition requires. It
-  runs on all devices of this process; the features of a picture depend neither on their number nor
-  on the batch.
+  The network itself resizes to 299 pixels like TensorFlow 1, as the FID's definition requires, unless
+  the pictures are resized before as clean-fid does. It runs on all devices of this process; the
+  features of a picture depend neither on their number nor on the batch.
 
   Attributes:
     digest: SHA-256 of the file of weights.
@@ -119,6 +127,7 @@ class Inception:
     image_size: int | None = 256,
     spatial: bool = False,
     module: inception.Inception = inception.PUBLISHED,
+    resize: str = 'tensorflow1',
   ):
     """Loads the weights.
 
@@ -128,6 +137,7 @@ class Inception:
         to resize them.
       spatial: whether to compute features of places, for sFID.
       module: the network.
+      resize: how pictures get the size of the network, a key of RESIZES.
 
     Raises:
       UserError: the file is missing or damaged, or holds other weights.
@@ -144,6 +154,7 @@ class Inception:
         f'{INCEPTION_FILE} of torch-fidelity and pytorch-fid: {error}'
       ) from error
 
+    self._clean_size = module.size if resize == 'clean' else None
     apply: Callable[..., Any] = module.apply
 
     def outputs(params, images):
@@ -155,7 +166,10 @@ class Inception:
     self._run = device_groups.DeviceGroups(outputs, params, devices, group)
 
   def __call__(self, images: UInt8[np.ndarray, 'pictures height width 3']) -> Features:
-    parts = self._run(images)()
+    if self._clean_size is not None:
+      parts = self._run(clean_resized(images, self._clean_size))()
+    else:
+      parts = self._run(images)()
     pool, spatial, logits = (
       None if part[0] is None else np.concatenate(part)[: len(images)] for part in zip(*parts)
     )
@@ -228,6 +242,30 @@ def resized(
       for image in images
     ]
   )
+
+
+def clean_resized(
+  images: UInt8[np.ndarray, 'pictures height width 3'], size: int
+) -> Float32[np.ndarray, 'pictures {size} {size} 3']:
+  """Resizes pictures as clean-fid does (Parmar et al. 2022, arXiv 2104.11222).
+
+  Pillow's bicubic filter with antialiasing, of each color in float32, so that nothing is rounded
+  between its two passes or after them. Values are clipped to [0, 255].
+
+  Args:
+    images: the pictures.
+    size: height and width of the result.
+  """
+
+  def resized_color(color: UInt8[np.ndarray, 'height width']) -> Float32[np.ndarray, '_ _']:
+    image = Image.fromarray(color.astype(np.float32))
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)).clip(0, 255)
+
+  def resized_image(image: UInt8[np.ndarray, 'height width 3']) -> Float32[np.ndarray, '_ _ 3']:
+    return np.stack([resized_color(image[..., color]) for color in range(3)], axis=-1)
+
+  with concurrent.futures.ThreadPoolExecutor(_RESIZE_THREADS) as threads:
+    return np.stack(list(threads.map(resized_image, images)))
 
 
 def extract(
