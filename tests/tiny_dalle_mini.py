@@ -7,18 +7,18 @@ import flax.serialization
 import flax.traverse_util
 import numpy as np
 
-CODES = 11
+CODES = 12
 GRID = (4, 4)
 SETTINGS = {
   'model_type': 'dallebart',
   'activation_function': 'gelu',
   'd_model': 16,
   'decoder_attention_heads': 2,
-  'decoder_ffn_dim': 27,
+  'decoder_ffn_dim': 26,
   'decoder_layers': 2,
   'decoder_start_token_id': CODES,
   'encoder_attention_heads': 2,
-  'encoder_ffn_dim': 27,
+  'encoder_ffn_dim': 26,
   'encoder_layers': 2,
   'encoder_vocab_size': 300,
   'image_length': GRID[0] * GRID[1],

@@ -47,12 +47,16 @@ class JsonTokenizer:
       self._tokenizer = tokenizers.Tokenizer.from_buffer(known)
     except Exception as error:  # The library raises plain exceptions.
       raise UserError(f'{self.path} is not a tokenizer.json: {error}') from error
-    if self._normalize is not None:
-      self._tokenizer.encode_special_tokens = True
+    self._tokenizer.encode_special_tokens = self._normalize is not None
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
     self._special = self._with_special(self._tokenizer.encode('', add_special_tokens=False)).ids
     self.fingerprint = fingerprints.of_vocabulary(content)
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    self.__dict__.update(state)
+    # The library doesn't pickle it.
+    self._tokenizer.encode_special_tokens = self._normalize is not None
 
   def _split(self, content: bytes) -> tuple[Callable[[str], str] | None, bytes]:
     """Returns what the entry NORMALIZER says, and the rest, which `tokenizers` knows."""

@@ -147,7 +147,7 @@ def test_what_is_missing_or_does_not_apply_is_named(sources, model, tmp_path, ca
   vqgan_folder = f'--tokenizer={sources / "vqgan"}'
   assert '--tokenizer is required' in fails(*start, out)
   # The VQGAN of the published size has 16×16 tokens.
-  assert 'but the weights have rows for 14 codes' in fails(*start, vqgan_folder, out)
+  assert 'but the weights have rows for 15 codes' in fails(*start, vqgan_folder, out)
   assert '--image_size is for weights' in fails(
     *start, f'--tokenizer={model}', '--image_size=8', out
   )
@@ -155,7 +155,7 @@ def test_what_is_missing_or_does_not_apply_is_named(sources, model, tmp_path, ca
   assert 'has neither vocab.json and merges.txt' in fails(
     *start, *flags, f'--vocabulary={sources / "vqgan"}'
   )
-  assert 'decoder_start_token_id' in fails(*start, *flags, '--start_token=15')
+  assert 'decoder_start_token_id' in fails(*start, *flags, '--start_token=16')
   assert 'does not apply to --format=clip' in fails(
     'import', 'ranker', sources, '--format=clip', vqgan_folder, out
   )
@@ -216,8 +216,8 @@ def test_a_running_batch_and_a_mesh_give_the_same_pictures(loaded, model):
   with continuous.ContinuousSampler(loaded, batch_size=2) as sampler:
     joined = sampler.submit('a red cat', temperature=0.0).result()
   np.testing.assert_array_equal(joined.tokens[0], plain.tokens[0, :1])
-  devices = jax.devices()[:2]
-  sharded = text_to_image.load(model, mesh=mesh_lib.make_mesh(fsdp=2, devices=devices))
+  mesh = mesh_lib.make_mesh(fsdp=2, tensor=2, devices=jax.devices()[:4])
+  sharded = text_to_image.load(model, mesh=mesh)
   found = sharded.generate('a red cat', num_images=2, temperature=0.0)
   np.testing.assert_array_equal(found.tokens, plain.tokens)
 

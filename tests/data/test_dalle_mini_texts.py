@@ -4,9 +4,11 @@ Token ids are compared with min-dalle's in tests/references/test_tokenizers.py.
 """
 
 import json
+import pickle
 import sys
 import types
 
+import numpy as np
 import pytest
 import tiny_dalle_mini
 
@@ -79,6 +81,9 @@ def test_a_tokenizer_applies_what_its_file_names(tmp_path, packages, normalizer)
   assert not cut
   text = tokenizer.decode(ids)
   assert text.strip() == {'min_dalle': 'a red!cat </s>', 'dalle_mini': 'a red, cat'}[normalizer]
+  # In worker processes, too.
+  again = pickle.loads(pickle.dumps(tokenizer))
+  np.testing.assert_array_equal(again.encode('A red!CAT </s>', 16)[0], ids)
   assert tokenizer.is_empty(tokenizer.encode('', 5)[0])
   assert tokenizer.encode('', 5)[0].tolist() == [0, 2, 0, 0, 0]
   found = json.loads(path.read_text(encoding='utf-8'))

@@ -85,8 +85,8 @@ def test_the_bias_of_a_norm_without_scale_has_no_scale(arrays):
   del less['model/decoder/final_ln/bias']
   with pytest.raises(UserError, match='missing: model/decoder/final_ln/bias'):
     _check(config, less, CODES)
-  other = dict(arrays) | {'lm_head/kernel': published.Listed((15, 16))}
-  with pytest.raises(UserError, match=r'of another shape: lm_head/kernel \[15, 16\]'):
+  other = dict(arrays) | {'lm_head/kernel': published.Listed((17, 16))}
+  with pytest.raises(UserError, match=r'of another shape: lm_head/kernel \[17, 16\]'):
     _check(config, other, CODES)
 
 

@@ -31,7 +31,7 @@ def test_the_arrays_are_those_of_dalle_mini(tmp_path, towers, order):
     # torch's norms have scales, which min-dalle leaves at 1.
     tower['final_ln.weight'] = np.ones(16, np.float32)
     tower['layers.0.pre_self_attn_layer_norm.weight'] = np.ones(16, np.float16)
-    tower['layers.1.glu.ln1.weight'] = np.ones(27, np.float32)
+    tower['layers.1.glu.ln1.weight'] = np.ones(26, np.float32)
   weights = _open(tmp_path, towers, order)
   assert [file.stem for file in weights.files] == list(order)
   expected = tiny_dalle_mini.arrays()

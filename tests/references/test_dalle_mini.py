@@ -25,7 +25,12 @@ from parti_jax.sampling import parameters  # noqa: E402
 
 # min-dalle's code has 256 image tokens.
 GRID, LENGTH = (16, 16), 256
-SETTINGS = tiny_dalle_mini.SETTINGS | {'image_length': LENGTH}
+SETTINGS = tiny_dalle_mini.SETTINGS | {
+  'image_length': LENGTH,
+  'encoder_ffn_dim': 27,
+  'decoder_ffn_dim': 27,
+  'encoder_vocab_size': 301,
+}
 CODES = tiny_dalle_mini.CODES
 ROWS = SETTINGS['image_vocab_size'] + 1
 PADDING = 1
