@@ -96,6 +96,14 @@ def convolution(array: np.ndarray) -> np.ndarray:
   return array.transpose(2, 3, 1, 0)
 
 
+def count(has: Callable[[int], bool]) -> int:
+  """Counts the successive numbers from 0 on for which `has` is True, such as those of layers."""
+  place = 0
+  while has(place):
+    place += 1
+  return place
+
+
 def prefixes(names: Iterable[str], marker: str) -> list[str]:
   """Returns the prefixes of a name in files that hold several networks, such as 'state_dict.'.
 

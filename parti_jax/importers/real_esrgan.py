@@ -135,7 +135,7 @@ def _located(arrays: Arrays) -> tuple[str, str]:
 
 def _rrdb_config(shapes: Shapes, style: str) -> real_esrgan.RRDBNetConfig:
   names = _NAMES[style]
-  blocks = _count(lambda place: f'{names["dense"].format(place, 1, 1)}.weight' in shapes)
+  blocks = key_map_lib.count(lambda place: f'{names["dense"].format(place, 1, 1)}.weight' in shapes)
   if style == 'counted':
     # Each doubling has three modules: upsampling, a convolution, an activation. Two convolutions
     # with an activation between them follow.
@@ -144,7 +144,9 @@ def _rrdb_config(shapes: Shapes, style: str) -> real_esrgan.RRDBNetConfig:
     if rest or doublings < 0:
       raise ValueError(f'the last of its modules is model.{max(numbers)}')
   else:
-    doublings = _count(lambda place: f'{names["doubling"].format(place + 1)}.weight' in shapes)
+    doublings = key_map_lib.count(
+      lambda place: f'{names["doubling"].format(place + 1)}.weight' in shapes
+    )
   if doublings > _MOST_DOUBLINGS:
     raise ValueError(f'it doubles height and width {doublings} times')
   width, channels, *_ = shapes[f'{names["head"]}.weight']
@@ -165,7 +167,7 @@ def _rrdb_config(shapes: Shapes, style: str) -> real_esrgan.RRDBNetConfig:
 
 def _compact_config(shapes: Shapes) -> real_esrgan.SRVGGNetCompactConfig:
   # Convolutions and activations alternate; the last convolution has none.
-  convolutions = _count(lambda place: f'body.{2 * place}.weight' in shapes)
+  convolutions = key_map_lib.count(lambda place: f'body.{2 * place}.weight' in shapes)
   features = shapes[f'body.{2 * convolutions - 2}.weight'][0]
   factor = math.isqrt(features // 3)
   if convolutions < 3 or features != 3 * factor**2:
@@ -241,11 +243,3 @@ def _to_pixels(array: np.ndarray, side: int) -> np.ndarray:
   *others, features = array.shape
   array = array.reshape(*others, features // side**2, side**2).swapaxes(-1, -2)
   return array.reshape(*others, features)
-
-
-def _count(has) -> int:
-  """Counts the successive numbers from 0 on for which `has` is True."""
-  place = 0
-  while has(place):
-    place += 1
-  return place

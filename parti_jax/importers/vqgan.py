@@ -298,7 +298,7 @@ def _taming_sizes(shapes: Shapes, found: _Format) -> dict[str, Any]:
   def features(path: str) -> int:
     return shapes[name(path)][-1 if found.flax else 0]
 
-  count = lambda template, levels=1: _count(
+  count = lambda template, levels=1: key_map_lib.count(
     lambda place: name(template.format(place), levels) in shapes
   )
   levels = count('encoder/level_{}/block_0/conv_1/kernel')
@@ -324,8 +324,8 @@ def _maskgit_sizes(shapes: Shapes) -> dict[str, Any]:
   """Returns the sizes of MaskGIT-VQGAN."""
   channels = shapes['encoder/Conv_0/kernel'][-1]
   # The decoder has a convolution at its start, one at its end and one between two levels.
-  levels = _count(lambda place: f'decoder/Conv_{place}/kernel' in shapes) - 1
-  blocks = _count(lambda place: f'encoder/ResBlock_{place}/Conv_0/kernel' in shapes)
+  levels = key_map_lib.count(lambda place: f'decoder/Conv_{place}/kernel' in shapes) - 1
+  blocks = key_map_lib.count(lambda place: f'encoder/ResBlock_{place}/Conv_0/kernel' in shapes)
   blocks //= levels + 1
   codebook_size, code_dim = shapes['quantizer/codebook']
   return {
@@ -340,11 +340,3 @@ def _maskgit_sizes(shapes: Shapes) -> dict[str, Any]:
     'code_dim': code_dim,
     'codebook_size': codebook_size,
   }
-
-
-def _count(has: Callable[[int], bool]) -> int:
-  """Counts the successive numbers from 0 on for which `has` is True."""
-  place = 0
-  while has(place):
-    place += 1
-  return place
