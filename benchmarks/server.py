@@ -10,7 +10,8 @@ Starts `parti-jax serve` and draws the same pictures in ways that take turns in 
   for the next one over the same connection.
 
 Ratios are those of a round to the big batches of the same round, and the median over rounds is
-printed. Then --requests more pictures are drawn by the most clients, of which one in ten goes away
+printed. Beside that of pictures per second is that of processor time per picture, of the server's
+process alone; other programs on the machine affect it less. Then --requests more pictures are drawn by the most clients, of which one in ten goes away
 before its picture is there, and the server's memory, threads and open files are read before, halfway
 and after.
 """
@@ -22,6 +23,7 @@ import contextlib
 import http.client
 import io
 import json
+import os
 import pathlib
 import re
 import signal
@@ -49,7 +51,7 @@ def main():
   parser.add_argument('--model', help='a model folder (default: the demo model)')
   parser.add_argument('--batch_size', type=int, default=16, help='(%(default)s)')
   parser.add_argument('--clients', type=int, nargs='+', default=[1, 8, 64], help='(%(default)s)')
-  parser.add_argument('--pictures', type=int, default=64, help='in a round (%(default)s)')
+  parser.add_argument('--pictures', type=int, default=256, help='in a round (%(default)s)')
   parser.add_argument('--rounds', type=int, default=5, help='(%(default)s)')
   parser.add_argument(
     '--requests', type=int, default=0, help='pictures for the measurement of memory (%(default)s)'
@@ -58,7 +60,7 @@ def main():
   args = parser.parse_args()
   model = parti_jax.load(args.model)
   with server(args) as (process, port):
-    rounds = [measured(model, port, args) for _ in range(args.rounds + 1)][
+    rounds = [measured(model, process, port, args) for _ in range(args.rounds + 1)][
       1:
     ]  # The first compiles.
     report(rounds, args)
@@ -85,21 +87,22 @@ def server(args):
     process.kill()
 
 
-def measured(model, port: int, args) -> dict:
+def measured(model, process, port: int, args) -> dict:
   """One round: the seconds of big batches, and of each number of clients."""
   prompts = [PROMPTS[place % len(PROMPTS)] for place in range(args.pictures)]
-  begin = time.perf_counter()
+  begin, own = time.perf_counter(), time.process_time()
   result = model.generate(prompts, num_images=1, batch_size=args.batch_size)
-  seconds = time.perf_counter() - begin
-  row = {'seconds': seconds, 'clients': {}}
+  seconds, own = time.perf_counter() - begin, time.process_time() - own
+  row = {'seconds': seconds, 'processor_seconds': own, 'clients': {}}
   for clients in args.clients:
-    begin = time.perf_counter()
+    begin, before = time.perf_counter(), processor_seconds(process)
     images = through_server(port, clients, prompts)
     taken = time.perf_counter() - begin
     differ = np.abs(images.astype(int) - result.images[:, 0]).max(axis=(1, 2, 3))
     row['clients'][clients] = {
       'pictures_per_second': args.pictures / taken,
       'ratio': seconds / taken,
+      'processor_ratio': own / (processor_seconds(process) - before),
       'same': float((differ <= 1).mean()),
     }
   return row
@@ -194,19 +197,28 @@ def reading(process, requests: int) -> dict:
   }
 
 
+def processor_seconds(process) -> float:
+  """The processor time that the server's process has taken."""
+  fields = (
+    (pathlib.Path('/proc') / str(process.pid) / 'stat').read_text().rpartition(')')[2].split()
+  )
+  return (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
+
+
 def report(rounds: list[dict], args):
   """Prints the medians."""
   speeds = [args.pictures / row['seconds'] for row in rounds]
   print(f'big batches of {args.batch_size}: {np.median(speeds):.1f} pictures per second')
-  print('| clients | pictures per second / big batches | range | same pictures |')
-  print('|---|---|---|---|')
+  print('| clients | pictures per second / big batches | range | processor time | same pictures |')
+  print('|---|---|---|---|---|')
   for clients in args.clients:
     rows = [row['clients'][clients] for row in rounds]
     ratios = [row['ratio'] for row in rows]
+    own = np.median([row['processor_ratio'] for row in rows])
     same = 100 * np.mean([row['same'] for row in rows])
     print(
       f'| {clients} | {np.median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f} | '
-      f'{same:.1f}% |'
+      f'{own:.2f} | {same:.1f}% |'
     )
 
 
