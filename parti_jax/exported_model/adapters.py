@@ -293,9 +293,10 @@ def read(path: str | os.PathLike[str]) -> Adapters:
     )
   content = storage.read(path, _LARGEST)
   try:
+    # First, since it checks the header.
+    arrays = safetensors.numpy.load(content)
     size = int.from_bytes(content[:8], 'little')
     metadata = json.loads(content[8 : 8 + size]).get('__metadata__', {})
-    arrays = safetensors.numpy.load(content)
   except (safetensors.SafetensorError, ValueError, AttributeError, KeyError) as error:
     raise UserError(
       f'{path} is damaged, or not a file of safetensors ({error}); {_AGAIN}'

@@ -2,9 +2,11 @@
 
 from unittest import mock
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+import tiny_configs
 
 from parti_jax.checkpoints import run_checkpoints
 from parti_jax.core.errors import UserError
@@ -20,6 +22,7 @@ from parti_jax.training import state
 from parti_jax.training import train_loop
 from parti_jax.training import trainer as trainer_lib
 from parti_jax.training.objectives import generator_objective
+from parti_jax.training.objectives import tokenizer_objective
 
 
 def abstract_params(objective):
@@ -47,6 +50,21 @@ def test_a_model_of_other_sizes_is_refused():
     run_checkpoints.read_model_folder(
       text_to_image.DEMO_FOLDER, objective, None, inputs.Inputs(objective, {}, False)
     )
+
+
+def test_a_folder_with_the_network_alone_is_enough(tmp_path):
+  shapes = nn.meta.unbox(model_folder.abstract('tokenizer', tiny_configs.TOKENIZER))
+  draw = np.random.default_rng(0)
+  params = jax.tree.map(lambda leaf: draw.normal(size=leaf.shape).astype(np.float32), shapes)
+  part = model_folder.Part(tiny_configs.TOKENIZER, params)
+  folder = model_folder.save_part(tmp_path / 'alone', 'tokenizer', part, {})
+  objective = tokenizer_objective.TokenizerObjective(tiny_configs.TOKENIZER)
+  nothing = inputs.Inputs(objective, {}, False)
+  found = run_checkpoints.read_model_folder(folder, objective, abstract_params(objective), nothing)
+  jax.tree.map(np.testing.assert_array_equal, found, params)
+  generator = generator_objective.GeneratorObjective(parti_config.PartiConfig(width=64, heads=2))
+  with pytest.raises(UserError, match='train.initial_model=.* has no generator, only a tokenizer'):
+    run_checkpoints.read_model_folder(folder, generator, None, nothing)
 
 
 class _Borrower(generator_objective.GeneratorObjective):
