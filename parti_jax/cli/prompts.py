@@ -119,6 +119,10 @@ def run(args: argparse.Namespace) -> int:
   if args.results:
     if args.file is not None:
       raise UserError(f'--results generates nothing, so leave out {args.file}')
+    if args.format != _PARTI_PROMPTS:
+      raise UserError(
+        f'--results generates nothing; leave out --format, and give {args.format}=PATH as the results'
+      )
     args.output_dir = args.output_dir or 'benchmark_results'
     return benchmark_prompts.show_results(args)
   if args.format != _PARTI_PROMPTS and args.format not in registry.BENCHMARKS:

@@ -320,6 +320,8 @@ def test_flags_are_checked_first(pipeline, geneval, dpg, t2i, tmp_path):
     run(t2i, '--format=t2i_compbench', '--num_images=4')
   with pytest.raises(UserError, match='generates nothing, so leave out'):
     run(geneval, '--results', 'geneval=x')
+  with pytest.raises(UserError, match='leave out --format, and give dpg=PATH'):
+    run('--format=dpg', '--results', 'x.txt')
   with pytest.raises(UserError, match='--results x: expected FORMAT=PATH'):
     run('--results', 'x')
   assert not pipeline.generated
