@@ -76,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser):
   parser.add_argument(
     '--seed', type=int, default=0, help='seed of the pictures (default: %(default)s)'
   )
+  _add_steering(parser)
   sampling_flags.add_arguments(parser)
   sampling_flags.add_precision(parser)
   parser.add_argument(
@@ -88,6 +89,47 @@ def add_arguments(parser: argparse.ArgumentParser):
     type=int,
     metavar='PIXELS',
     help='height of each picture on the grid (default: its own, enlarged if small)',
+  )
+
+
+def _add_steering(parser: argparse.ArgumentParser):
+  """Adds the flags of what pictures follow besides their prompts."""
+  parser.add_argument(
+    '--image', metavar='FILE', help='a picture to edit, with one of --mask, --keep and --vary'
+  )
+  parser.add_argument(
+    '--mask',
+    metavar='FILE',
+    help='what to draw anew in --image: a picture of its size that is transparent there, or white',
+  )
+  parser.add_argument(
+    '--keep',
+    metavar='SIDE:SHARE',
+    help='the part of --image to keep, such as top:0.5; the sides are top, bottom, left and right',
+  )
+  parser.add_argument(
+    '--vary',
+    type=float,
+    metavar='SHARE',
+    help='the share of the image tokens of --image to draw anew, at random places',
+  )
+  parser.add_argument(
+    '--best_of',
+    type=int,
+    default=1,
+    metavar='N',
+    help='draw this many candidates of each edited picture, and keep the one to which what is kept '
+    'after the hole fits best (default: %(default)s)',
+  )
+  parser.add_argument(
+    '--negative',
+    metavar='TEXT',
+    help='what the pictures should not show; takes the place of the empty text in guidance',
+  )
+  parser.add_argument(
+    '--prompt_weights',
+    action='store_true',
+    help=r"read weights of words in the prompts, such as '(red hat:1.5)'; \( and \) are parentheses",
   )
 
 
@@ -125,6 +167,13 @@ def run(args: argparse.Namespace) -> int:
       progress=True,
       rank=args.rank or args.ranker is not None,
       upscale=args.upscale or args.upscaler is not None,
+      image=args.image,
+      mask=args.mask,
+      keep=args.keep,
+      vary=args.vary,
+      best_of=args.best_of,
+      negative=args.negative,
+      prompt_weights=args.prompt_weights,
       **sampling_flags.given(args),
     )
   for path in result.save(args.output_dir):
@@ -172,7 +221,7 @@ def read_prompts(path: str) -> list[str]:
 
 def _check_flags(args: argparse.Namespace):
   """Raises UserError for invalid flags, before anything slow happens."""
-  sampling_flags.check_numbers(args, 'num_images', 'batch_size', 'display_size')
+  sampling_flags.check_numbers(args, 'num_images', 'batch_size', 'display_size', 'best_of')
   sampling_flags.given(args)
   sampling_flags.given_precision(args)
   folder = pathlib.Path(args.output_dir)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import layout
 from jax.typing import ArrayLike
 from jaxtyping import Array
+from jaxtyping import Bool
 from jaxtyping import Float32
 from jaxtyping import Int32
 from jaxtyping import Key
@@ -104,6 +105,22 @@ class Sampling(flax.struct.PyTreeNode):
     return self.replace(guidance_scale=jnp.broadcast_to(scale, (length,)))
 
 
+class Steering(flax.struct.PyTreeNode):
+  """What tokens follow besides the prompts; each field may be None.
+
+  Attributes:
+    others: text tokens of guidance's other side, in place of the empty text.
+    text_weights: weight of each text token of the prompts, as `prompt_weights` describes.
+    tokens: image tokens, of which each image takes over those in `kept` instead of sampling them.
+    kept: which tokens; there is one if and only if there is the other.
+  """
+
+  others: Int32[Array, 'batch text_length'] | None = None
+  text_weights: Float32[Array, 'batch text_length'] | None = None
+  tokens: Int32[Array, 'batch image_length'] | None = None
+  kept: Bool[Array, 'batch image_length'] | None = None
+
+
 def image_keys(
   seed: UInt32[Array, ''] | int, image_index: Int32[Array, 'batch']
 ) -> Key[Array, 'batch']:
@@ -117,15 +134,23 @@ def image_keys(
 
 
 def with_and_without(
-  config: generators.Config, text_tokens: Int32[Array, 'batch text_length']
+  config: generators.Config,
+  text_tokens: Int32[Array, 'batch text_length'],
+  others: Int32[Array, 'batch text_length'] | None = None,
 ) -> Int32[Array, '2*batch text_length']:
   """Inserts a row with the empty text after each row, for `guide`.
 
   The two texts of an image are adjacent, so they stay on one device of a mesh.
+
+  Args:
+    config: sizes of the network.
+    text_tokens: the texts.
+    others: texts to insert instead of the empty one.
   """
   batch, length = text_tokens.shape
-  texts = jnp.stack([text_tokens, generators.empty_text(config, text_tokens)], axis=1)
-  return texts.reshape(2 * batch, length)
+  if others is None:
+    others = generators.empty_text(config, text_tokens)
+  return jnp.stack([text_tokens, others], axis=1).reshape(2 * batch, length)
 
 
 def guide(
@@ -273,7 +298,7 @@ def in_cache_layout(state: transformer.DecoderState) -> transformer.DecoderState
   return state.replace(caches=jax.tree.map(of_vectors, state.caches))
 
 
-def _grow(
+def grow(
   config: generators.Config, state: transformer.DecoderState, length: int
 ) -> transformer.DecoderState:
   """Enlarges the caches of a state, with empty slots, for the first `length` positions."""
@@ -320,8 +345,87 @@ def init_state(
   return apply({'params': params}, text_tokens, length, cache == 'int8', method='encode_text')
 
 
+def weigh_texts(
+  config: generators.Config,
+  params: dict[str, Any],
+  state: transformer.DecoderState,
+  text_weights: Float32[Array, 'batch text_length'],
+) -> transformer.DecoderState:
+  """Weighs the text tokens in the cross-attention of a state, as `prompt_weights` describes.
+
+  Args:
+    config: sizes of the network, of a kind with cross-attention.
+    params: the result of `parameters.for_sampling`.
+    state: a result of `init_state`, with a cache in floating point.
+    text_weights: the weight of each text token.
+  """
+  empty = init_state(
+    config, params, generators.empty_text(config, jnp.zeros((1, config.text_length), jnp.int32)), 1
+  )
+  there = empty.text_mask[0, 0, 0][:, None]
+  weights = text_weights[:, None, :, None]
+
+  def weigh(part, of_empty):
+    base = jnp.sum(jnp.where(there, of_empty, 0.0), axis=2, keepdims=True) / jnp.sum(there)
+    weighed = base + weights * (part.astype(jnp.float32) - base)
+    return jnp.where(weights == 1, part, weighed.astype(part.dtype))
+
+  return state.replace(texts=jax.tree.map(weigh, state.texts, empty.texts))
+
+
+def cache_length(config: generators.Config, end: int) -> int:
+  """Returns the number of positions that caches hold while `scan_positions` runs up to `end`."""
+  return next(length for length in _segment_ends(config.patterns) if length >= end)
+
+
+def begin(
+  config: generators.Config,
+  params: dict[str, Any],
+  text_tokens: Int32[Array, 'batch text_length'],
+  sampling: Sampling,
+  steering: Steering,
+  prefix: int = 0,
+) -> tuple[Int32[Array, 'batch'], transformer.DecoderState]:
+  """Returns what `sample_step` carries before the first token that it samples.
+
+  Args:
+    config: sizes of the network.
+    params: the result of `parameters.for_sampling`.
+    text_tokens: tokens of the prompts, padded with 0.
+    sampling: how to sample.
+    steering: what to follow besides.
+    prefix: number of first tokens that all images keep; less than all. One pass of the decoder takes
+      them in.
+  """
+  texts = text_tokens
+  if sampling.guided:
+    texts = with_and_without(config, text_tokens, steering.others)
+  length = cache_length(config, prefix + 1)
+  state = init_state(config, params, texts, length, sampling.cache)
+  if steering.text_weights is not None:
+    weights = jnp.asarray(steering.text_weights)
+    if sampling.guided:
+      weights = jnp.stack([weights, jnp.ones_like(weights)], axis=1).reshape(texts.shape)
+    state = weigh_texts(config, params, state, weights)
+  if not prefix:
+    return jnp.zeros(len(text_tokens), jnp.int32), state
+  assert steering.tokens is not None
+  tokens = jnp.asarray(steering.tokens)[:, :prefix]
+  inputs = jnp.repeat(
+    jnp.pad(tokens[:, :-1], ((0, 0), (1, 0))), 2 if sampling.guided else 1, axis=0
+  )
+  apply: Callable[..., Any] = generators.decoder(config).apply
+  _, state = apply({'params': params['image_decoder']}, inputs, state=state)
+  return tokens[:, -1], in_cache_layout(state)
+
+
 def scan_positions(
-  config: generators.Config, step: Callable[[Any, Any], Any], batch: int, states: Any
+  config: generators.Config,
+  step: Callable[[Any, Any], Any],
+  batch: int,
+  states: Any,
+  first: int = 0,
+  previous: Int32[Array, 'batch'] | None = None,
 ) -> Any:
   """Runs a step at all positions, with caches that grow where it saves time.
 
@@ -331,16 +435,19 @@ def scan_positions(
       are int32 [batch], a position is int32 [].
     batch: number of images.
     states: the result of `init_state`, or a tuple of such states.
+    first: the position to begin with.
+    previous: the token before it; None at position 0.
 
   Returns:
-    The outputs, with a leading axis of image_length.
+    The outputs, with a leading axis of the positions.
   """
   is_state = lambda part: isinstance(part, transformer.DecoderState)
-  pieces, begin, previous = [], 0, jnp.zeros(batch, jnp.int32)
+  previous = jnp.zeros(batch, jnp.int32) if previous is None else previous
+  pieces, begin = [], first
   for end in _segment_ends(config.patterns):
-    states = jax.tree.map(
-      lambda state, end=end: _grow(config, state, end), states, is_leaf=is_state
-    )
+    if end <= first:
+      continue
+    states = jax.tree.map(lambda state, end=end: grow(config, state, end), states, is_leaf=is_state)
     (previous, states), outputs = jax.lax.scan(step, (previous, states), jnp.arange(begin, end))
     pieces.append(outputs)
     begin = end
@@ -354,6 +461,7 @@ def sample_step(
   sampling: Sampling,
   carry: tuple[Int32[Array, 'batch'], transformer.DecoderState],
   position: Int32[Array, ''],
+  steering: Steering | None = None,
 ) -> tuple[tuple[Int32[Array, 'batch'], transformer.DecoderState], Int32[Array, 'batch']]:
   """Samples one image token for each image of a batch, given the previous tokens.
 
@@ -365,6 +473,7 @@ def sample_step(
     carry: the previous tokens, which are ignored at position 0, and the state after the previous
       positions. If guided, the state has two rows for each image, as `with_and_without` makes them.
     position: the position of the tokens.
+    steering: which tokens are kept; None for none.
 
   Returns:
     The next carry, and the tokens.
@@ -378,6 +487,9 @@ def sample_step(
   if sampling.guided:
     logits = guide(logits, jnp.asarray(sampling.guidance_scale)[position])
   token = choose(logits, keys, position, sampling)
+  if steering is not None and steering.kept is not None and steering.tokens is not None:
+    kept, tokens = (jnp.asarray(part)[:, position] for part in (steering.kept, steering.tokens))
+    token = jnp.where(kept, tokens, token)
   return (token, in_cache_layout(state)), token
 
 
@@ -387,6 +499,8 @@ def sample_tokens(
   text_tokens: Int32[Array, 'batch text_length'],
   keys: Key[Array, 'batch'],
   sampling: Sampling,
+  steering: Steering | None = None,
+  prefix: int = 0,
 ) -> Int32[Array, 'batch image_length']:
   """Samples the image tokens of a batch; call it inside `jax.jit`.
 
@@ -400,9 +514,14 @@ def sample_tokens(
     keys: the result of `image_keys`.
     sampling: how to sample; this function ignores the thresholds, which `adaptive.sample_tokens`
       uses, and the window, which `speculative.sample_tokens` uses.
+    steering: what to follow besides the prompts; None for nothing.
+    prefix: an argument of `begin`.
   """
   sampling = sampling.at_each_position(config.image_length)
-  texts = with_and_without(config, text_tokens) if sampling.guided else text_tokens
-  state = init_state(config, params, texts, cache=sampling.cache)
-  step = functools.partial(sample_step, config, params, keys, sampling)
-  return scan_positions(config, step, len(keys), state).T
+  steering = Steering() if steering is None else steering
+  previous, state = begin(config, params, text_tokens, sampling, steering, prefix)
+  step = functools.partial(sample_step, config, params, keys, sampling, steering=steering)
+  drawn = scan_positions(config, step, len(keys), state, prefix, previous).T
+  if not prefix:
+    return drawn
+  return jnp.concatenate([jnp.asarray(steering.tokens)[:, :prefix], drawn], axis=1)

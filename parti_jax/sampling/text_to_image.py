@@ -8,11 +8,13 @@ import os
 import pathlib
 import warnings
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Bool
 from jaxtyping import Float32
 from jaxtyping import Int32
 from jaxtyping import UInt8
@@ -29,11 +31,14 @@ from parti_jax.models import generators
 from parti_jax.models import image_tokenizers
 from parti_jax.sampling import adaptive
 from parti_jax.sampling import decoding
+from parti_jax.sampling import editing
 from parti_jax.sampling import images as images_lib
 from parti_jax.sampling import parameters
 from parti_jax.sampling import placement
 from parti_jax.sampling import programs
+from parti_jax.sampling import prompt_weights as prompt_weights_lib
 from parti_jax.sampling import ranking
+from parti_jax.sampling import slots
 from parti_jax.sampling import speculative
 from parti_jax.sampling import upscaling
 
@@ -44,6 +49,8 @@ _MOST_AT_ONCE = {'cpu': 32}
 _MOST_AT_ONCE_ELSEWHERE = 64
 # Maximum size of the caches of a batch, in bytes; the tighter bound for large models.
 _MOST_CACHE_BYTES = 1 << 30
+# Maximum size of a batch's logits at all positions at once, in bytes.
+_MOST_LOGITS_BYTES = 1 << 28
 # Maximum number of pictures that the tokenizer encodes at once.
 _TOKENIZER_BATCH = 64
 
@@ -70,6 +77,13 @@ class Result:
       in place of `images`; None if they were not enlarged.
     weights: the model's `TextToImage.weights`.
     cache: the model's `TextToImage.cache`.
+    edit: the picture that was edited, and how; None if none was.
+    kept: which image tokens are those of the edited picture; None without `edit`.
+    best_of: number of candidates of each picture.
+    likelihoods: of the edited picture's tokens after the first one that was drawn, the log-likelihood
+      in nats, by which the best candidate was chosen; None if there was one candidate.
+    negative: the text on guidance's other side; None for the empty text.
+    prompt_weights: whether the prompts have weights, as `prompt_weights.parsed` reads them.
   """
 
   images: UInt8[np.ndarray, 'prompts num_images height width 3']
@@ -85,6 +99,12 @@ class Result:
   upscaled: UInt8[np.ndarray, 'prompts num_images _ _ 3'] | None = None
   weights: str = 'float'
   cache: str = 'float'
+  edit: editing.Edit | None = None
+  kept: Bool[np.ndarray, 'prompts num_images image_length'] | None = None
+  best_of: int = 1
+  likelihoods: Float32[np.ndarray, 'prompts num_images'] | None = None
+  negative: str | None = None
+  prompt_weights: bool = False
 
   def pil(self) -> list[list[Image.Image]]:
     """Returns PIL images, a list of `num_images` for each prompt."""
@@ -150,11 +170,15 @@ class Result:
   def _place_in(self, row: int, column: int) -> dict[str, str]:
     """Returns the metadata of a picture that tell it from the others of its prompt."""
     index = column if self.image_index is None else self.image_index[row, column]
+    place = {'image_index': str(index)}
+    if self.kept is not None:
+      place['kept_tokens'] = editing.kept_text(self.kept[row, column])
+    if self.likelihoods is not None:
+      place['likelihood_after_hole'] = f'{self.likelihoods[row, column]:.4f}'
     if self.scores is None:
-      return {'image_index': str(index)}
+      return place
     digits = len(str(self.images.shape[1]))  # Sorts the files by rank.
-    return {
-      'image_index': str(index),
+    return place | {
       'rank': f'{column + 1:0{digits}}',
       'score': f'{self.scores[row, column]:.4f}',
     }
@@ -168,9 +192,98 @@ class Result:
     for name in ('weights', 'cache'):
       if getattr(self, name) != 'float':
         settings[name] = getattr(self, name)
+    if self.negative is not None:
+      settings['negative'] = self.negative
+    if self.prompt_weights:
+      settings['prompt_weights'] = 'true'
+    if self.edit is not None:
+      settings |= self.edit.metadata()
+    if self.best_of > 1:
+      settings['best_of'] = str(self.best_of)
     if self.upscaled is not None:
       settings['upscaled'] = str(self.upscaled.shape[2] // self.images.shape[2])
     return {'seed': str(self.seed), **settings, 'model': self.model}
+
+
+@dataclasses.dataclass(frozen=True)
+class Partial:
+  """Pictures whose first rows are sampled.
+
+  Attributes:
+    images: the pictures; below these rows they are blank, of the gray `slots.BLANK`, except for what
+      they keep of an edited picture.
+    tokens: the image tokens of these rows.
+    rows: number of rows of image tokens that are there.
+    of_rows: number of rows of image tokens of a whole picture.
+    result: the result, once the pictures are complete; until then None.
+  """
+
+  images: UInt8[np.ndarray, 'prompts num_images height width 3']
+  tokens: Int32[np.ndarray, 'prompts num_images _']
+  rows: int
+  of_rows: int
+  result: Result | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+  """Pictures to sample: checked arguments of `TextToImage.generate`.
+
+  Attributes:
+    index: the index of each picture; with `best_of` of each candidate.
+    texts: text tokens of the prompts.
+    sampling: the settings in the decoding loop's form.
+    negative: the text of guidance's other side; None for the empty text.
+    weighted: whether the prompts have weights of words.
+    edit: the edit; None for none.
+    prefix: an argument of `decoding.begin`.
+    edited_tokens: the edited picture's tokens; None if none are kept.
+    kept: which tokens each picture keeps; None without an edit.
+    others: text tokens of guidance's other side; None for the empty text.
+    text_weights: weight of each text token; None for 1.
+  """
+
+  prompts: list[str]
+  seed: int
+  settings: sampling_settings.SamplingSettings
+  best_of: int
+  index: Int32[np.ndarray, 'prompts candidates']
+  texts: Int32[np.ndarray, 'prompts text_length']
+  sampling: decoding.Sampling
+  negative: str | None
+  weighted: bool
+  edit: editing.Edit | None
+  prefix: int
+  edited_tokens: Int32[np.ndarray, 'image_length'] | None
+  kept: Bool[np.ndarray, 'prompts candidates image_length'] | None
+  others: Int32[np.ndarray, 'text_length'] | None
+  text_weights: Float32[np.ndarray, 'prompts text_length'] | None
+
+  @property
+  def steered(self) -> bool:
+    """Whether pictures follow more than their prompts."""
+    given = (self.edited_tokens, self.others, self.text_weights)
+    return any(part is not None for part in given)
+
+  def rows(self, pictures: np.ndarray) -> np.ndarray:
+    """Returns the number of the prompt of each picture, given the numbers of pictures."""
+    return pictures // self.index.shape[1]
+
+  def steering(self, pictures: np.ndarray) -> decoding.Steering:
+    """Returns what pictures follow besides their prompts."""
+
+    def repeated(row):
+      return None if row is None else np.broadcast_to(row, (len(pictures), len(row)))
+
+    kept = None
+    if self.edited_tokens is not None and self.kept is not None:
+      kept = self.kept.reshape(self.index.size, -1)[pictures]
+    return decoding.Steering(
+      others=repeated(self.others),
+      text_weights=None if self.text_weights is None else self.text_weights[self.rows(pictures)],
+      tokens=repeated(self.edited_tokens),
+      kept=kept,
+    )
 
 
 class TextToImage:
@@ -288,13 +401,20 @@ class TextToImage:
     rank: bool = False,
     upscale: bool = False,
     first_index: Sequence[int] | int = 0,
+    image: Any = None,
+    mask: Any = None,
+    keep: str | None = None,
+    vary: float | None = None,
+    best_of: int = 1,
+    negative: str | None = None,
+    prompt_weights: bool = False,
     **sampling,
   ) -> Result:
     """Samples pictures (Parti, section 2).
 
-    The prompt, the seed, the picture's index and the settings determine a picture; the rest of the
-    batch and JAX's global settings don't matter. (Batches of another size may round differently in
-    the last bit, which very rarely changes a token.)
+    The prompt, the seed, the picture's index and the settings determine a picture, together with what
+    is edited; the rest of the batch and JAX's global settings don't matter. (Batches of another size
+    may round differently in the last bit, which very rarely changes a token.)
 
     Args:
       prompts: a text, or several. Texts longer than the model's text length are truncated, with a
@@ -311,13 +431,33 @@ class TextToImage:
         or one for each. The last picture's index is at most 2³¹ − 1. Pictures with the same index
         are sampled with the same noise, even if their prompts differ. To sample one picture for
         each of many prompts independently, use different indices.
+      image: a picture to edit: the path of a file, a PIL image, or uint8 [height, width, 3]. Its
+        central square is resized to the model's size. It goes with one of the next three, which say
+        which of its image tokens are kept; the others are sampled. What is kept is the tokens, so
+        pixels next to new tokens may change where the tokenizer's decoder sees both.
+      mask: what to sample anew: the path of a file or a PIL image, in which it is transparent, or
+        white if nothing is transparent; or bool, or uint8 from 128 on, [height, width]. It has the
+        size of `image`. A token is kept if its whole patch lies outside.
+      keep: the side and the share of the picture to keep, such as 'top:0.5'; the sides are those of
+        `editing.SIDES`. A token is kept if its whole patch lies in this share.
+      vary: share of the tokens to sample anew, from 0 to 1, at random places of each picture.
+      best_of: number of candidates to sample for each picture, of which the one is returned after
+        which the model finds the kept tokens behind the first new one likeliest. Picture i of a prompt
+        has the indices from first_index + i · best_of on.
+      negative: a text for the pass without text of guidance, which pictures move away from instead of
+        from the empty text.
+      prompt_weights: whether the prompts have weights of words, such as '(red hat:1.5)', as
+        `prompt_weights.parsed` reads them.
       **sampling: fields of SamplingSettings, such as `guidance_scale`, that replace the model's
         defaults; None keeps the default.
 
     Raises:
       UserError: if there is no prompt, a prompt is blank, or a value is invalid; the message names
         it. Also if the model lacks the ranker or the super-resolution that `rank` or `upscale`
-        needs.
+        needs; if a picture or a mask can't be read; if `negative` is given without guidance,
+        `best_of` without kept tokens after a hole, or `prompt_weights` to a decoder without
+        cross-attention or with `cache` 'int8'; or if an edit, `negative` or `prompt_weights` is
+        combined with settings that skip layers or passes or are speculative.
     """
     rank, upscale, progress = (
       checks.boolean(name, value)
@@ -327,57 +467,341 @@ class TextToImage:
       self._needed_ranker()
     if upscale:
       self._needed_upscaler()
-    prompts = checks.texts('prompt', prompts)
-    num_images = checks.count('num_images', num_images)
-    seed = checks.whole_number('seed', seed, 0, sampling_settings.LARGEST_SEED)
-    settings = self.sampling.replace(**sampling)
-    sampled = decoding.Sampling.of(settings, self.config.image_length, self.cache)
-    total = len(prompts) * num_images
-    first = placement.first_indices(first_index, len(prompts), num_images)
-    texts = self.encode_prompts(prompts)
-    batch = self._batch_size(total, batch_size, settings.guided)
-    # Before the indices, which may be too many as well.
-    room = self._empty(total)
-    index = first[:, None] + np.arange(num_images, dtype=np.int32)
-    tokens, images, usage, passes = self._sample(texts, index, seed, sampled, batch, progress, room)
-    result = Result(
-      images,
-      tokens,
+    asked = self._asked(
       prompts,
+      num_images,
       seed,
-      settings,
-      self.model_name,
-      usage,
-      passes,
-      image_index=index,
-      weights=self.weights,
-      cache=self.cache,
+      first_index,
+      (image, mask, keep, vary),
+      best_of,
+      negative,
+      prompt_weights,
+      sampling,
     )
+    total = asked.index.size
+    batch = self._batch_size(total, batch_size, asked.settings.guided)
+    room = self._empty(total)
+    result = self._result(asked, *self._sample(asked, batch, progress, room))
+    if asked.best_of > 1:
+      result = self._best(result, asked, batch)
     result = self.ranked(result) if rank else result
     return self.upscaled(result) if upscale else result
 
-  def _sample(
+  def stream(
+    self,
+    prompts: Sequence[str] | str,
+    num_images: int = 4,
+    seed: int = 0,
+    first_index: Sequence[int] | int = 0,
+    image: Any = None,
+    mask: Any = None,
+    keep: str | None = None,
+    vary: float | None = None,
+    negative: str | None = None,
+    prompt_weights: bool = False,
+    **sampling,
+  ) -> Iterator[Partial]:
+    """Samples pictures like `generate`, and yields them after each row of image tokens.
+
+    The last item has the result, with the pictures of `generate`. All pictures are one batch.
+    Arguments are checked before this returns, and nothing is sampled before the first item is asked
+    for.
+
+    Args:
+      prompts: an argument of `generate`, as are all others.
+      num_images: number of pictures for each prompt.
+      seed: integer from 0 to 2³² − 1.
+      first_index: index of the first picture of a prompt.
+      image: a picture to edit.
+      mask: what to sample anew.
+      keep: the side and the share of the picture to keep.
+      vary: share of the tokens to sample anew.
+      negative: a text for the pass without text of guidance.
+      prompt_weights: whether the prompts have weights of words.
+      **sampling: fields of SamplingSettings.
+
+    Raises:
+      UserError: as `generate` does, if the settings skip layers or passes or are speculative, or if
+        there are too many pictures for one batch.
+    """
+    edited = (image, mask, keep, vary)
+    asked = self._asked(
+      prompts, num_images, seed, first_index, edited, 1, negative, prompt_weights, sampling
+    )
+    editing.check_settings(asked.settings, 'stream')
+    total = asked.index.size
+    if (most := self._batch_size(total, None, asked.settings.guided)) < total:
+      raise UserError(
+        f'{total} pictures are too many to stream at once; ask for at most {most}, or use generate'
+      )
+    return self._stream(asked)
+
+  def _stream(self, asked: _Asked) -> Iterator[Partial]:
+    """Yields what `stream` does."""
+    rows, columns = self.config.grid
+    shape, total = asked.index.shape, asked.index.size
+    chosen = np.minimum(np.arange(self.place.divisible(total)), total - 1)
+    steering, index = asked.steering(chosen), asked.index.reshape(-1)[chosen]
+    carry = self.place.start(
+      programs.begin,
+      (self.generator_params,),
+      (asked.texts[asked.rows(chosen)], steering),
+      asked.sampling,
+      config=self.config,
+      prefix=asked.prefix,
+    )
+    tokens = np.zeros([len(chosen), self.config.image_length], np.int32)
+    kept = None
+    if steering.tokens is not None:
+      tokens[:, : asked.prefix] = np.asarray(steering.tokens)[:, : asked.prefix]
+      kept = np.where(np.asarray(steering.kept), np.asarray(steering.tokens), -1)
+    for row in range(asked.prefix // columns, rows):
+      start, end = row * columns, (row + 1) * columns
+      carry, drawn = self.place.start(
+        programs.advance,
+        (self.generator_params,),
+        (index, steering),
+        carry,
+        np.int32(start),
+        np.uint32(asked.seed),
+        asked.sampling,
+        config=self.config,
+        count=columns,
+        length=decoding.cache_length(self.config, end),
+      )
+      tokens[:, start:end] = jax.device_get(drawn)
+      images = self.place.run(
+        slots.preview,
+        (self.tokenizer_params,),
+        (np.arange(len(chosen), dtype=np.int32), np.full(len(chosen), row + 1, np.int32)),
+        tokens,
+        kept,
+        tokenizer=self.tokenizer,
+        grid=(rows, columns),
+      )
+      pictures = images[:total].reshape(*shape, *images.shape[1:])
+      there = tokens[:total].reshape(*shape, -1)[..., :end].copy()
+      result = None if end < self.config.image_length else self._result(asked, there, pictures)
+      yield Partial(pictures, there, row + 1, rows, result)
+
+  def likelihood(
+    self,
+    prompts: Sequence[str] | str,
+    images: Any,
+    batch_size: int | None = None,
+    prompt_weights: bool = False,
+  ) -> Float32[np.ndarray, 'prompts images']:
+    """Returns how likely the model finds pictures for prompts.
+
+    Args:
+      prompts: a text, or several.
+      images: a picture, in any form of `image` of `generate`, or several: a list of them, or uint8
+        [images, height, width, 3].
+      batch_size: number of pairs of a prompt and a picture to compute at once, to limit memory; by
+        default chosen automatically.
+      prompt_weights: an argument of `generate`.
+
+    Returns:
+      The mean log-likelihood of the image tokens of each picture, in nats per token: log p(token |
+      prompt, earlier tokens), without guidance, temperature and filters.
+
+    Raises:
+      UserError: if a prompt is blank, a picture can't be read, or a value is invalid.
+    """
+    prompts = checks.texts('prompt', prompts)
+    weighted = checks.boolean('prompt_weights', prompt_weights)
+    texts, text_weights = self._encoded(prompts, weighted)
+    tokens = self.tokenize(editing.pictures(images, self.image_size))
+    pairs = len(prompts) * len(tokens)
+    found = self._log_likelihoods(
+      texts,
+      text_weights,
+      np.arange(pairs) // len(tokens),
+      np.broadcast_to(tokens, (len(prompts), *tokens.shape)).reshape(pairs, -1),
+      self._batch_size(pairs, batch_size, False),
+    )
+    return found.mean(axis=1).reshape(len(prompts), len(tokens))
+
+  def _log_likelihoods(
     self,
     texts: Int32[np.ndarray, 'prompts text_length'],
-    index: Int32[np.ndarray, 'prompts num_images'],
-    seed: int,
-    sampling: decoding.Sampling,
+    text_weights: Float32[np.ndarray, 'prompts text_length'] | None,
+    rows: np.ndarray,
+    tokens: Int32[np.ndarray, 'pictures image_length'],
     batch: int,
-    progress: bool,
-    room: tuple[np.ndarray, np.ndarray],
+  ) -> Float32[np.ndarray, 'pictures image_length']:
+    """Returns the log-likelihood of each image token.
+
+    Args:
+      texts: text tokens of the prompts.
+      text_weights: weight of each text token; None for 1.
+      rows: the number of the prompt of each picture.
+      tokens: the image tokens of each picture.
+      batch: number of pictures to compute at once, at most.
+    """
+    logits_bytes = 4 * self.config.image_length * self.config.codebook_size
+    batch = self.place.divisible(max(1, min(batch, _MOST_LOGITS_BYTES // logits_bytes)))
+    found = np.empty(tokens.shape, np.float32)
+    for start, chosen in placement.pieces(len(tokens), batch):
+      weights = None if text_weights is None else text_weights[rows[chosen]]
+      part = self.place.run(
+        programs.log_likelihoods,
+        (self.generator_params,),
+        (texts[rows[chosen]], weights, tokens[chosen]),
+        config=self.config,
+        cache=self.cache,
+      )
+      found[start : start + batch] = part[: len(found) - start]
+    return found
+
+  def _asked(
+    self,
+    prompts,
+    num_images,
+    seed,
+    first_index,
+    edited,
+    best_of,
+    negative,
+    prompt_weights,
+    sampling,
+  ) -> _Asked:
+    """Checks arguments of `generate`, of which `edited` has image, mask, keep and vary."""
+    prompts = checks.texts('prompt', prompts)
+    num_images = checks.count('num_images', num_images)
+    best_of = checks.count('best_of', best_of)
+    seed = checks.whole_number('seed', seed, 0, sampling_settings.LARGEST_SEED)
+    weighted = checks.boolean('prompt_weights', prompt_weights)
+    settings = self.sampling.replace(**sampling)
+    edit = editing.edit(*edited, self.image_size, tuple(self.config.grid))
+    for name, used in (
+      ('image', edit is not None),
+      ('negative', negative is not None),
+      ('prompt_weights', weighted),
+    ):
+      if used:
+        editing.check_settings(settings, name)
+    if best_of > 1 and edit is None:
+      raise UserError(
+        f'best_of={best_of} compares how candidates fit to kept tokens, and nothing is edited; '
+        '`rank` sorts pictures by their prompts'
+      )
+    texts, text_weights = self._encoded(prompts, weighted)
+    others = None
+    if negative is not None:
+      others = self.encode_negative(negative, settings)
+    # Before the indices, which may be too many as well.
+    self._check_room(len(prompts) * num_images * best_of)
+    first = placement.first_indices(first_index, len(prompts), num_images * best_of)
+    index = first[:, None] + np.arange(num_images * best_of, dtype=np.int32)
+    kept = edited_tokens = None
+    if edit is not None:
+      kept = edit.kept_tokens(seed, index, self.config.image_length)
+      if best_of > 1 and not editing.after_hole(kept).any(axis=-1).all():
+        raise UserError(
+          f'best_of={best_of} compares how likely candidates make the kept tokens after the first new '
+          f'one, and {edit.how} keeps none there; leave best_of out'
+        )
+      if kept.any():  # Otherwise these are the pictures without an edit.
+        edited_tokens = self.tokenize(edit.image[None])[0]
+    return _Asked(
+      prompts=prompts,
+      seed=seed,
+      settings=settings,
+      best_of=best_of,
+      index=index,
+      texts=texts,
+      sampling=decoding.Sampling.of(settings, self.config.image_length, self.cache),
+      negative=negative,
+      weighted=weighted,
+      edit=edit,
+      prefix=0 if edit is None else edit.prefix(self.config.grid[1]),
+      edited_tokens=edited_tokens,
+      kept=kept,
+      others=others,
+      text_weights=text_weights,
+    )
+
+  def _encoded(
+    self, prompts: list[str], weighted: bool
+  ) -> tuple[
+    Int32[np.ndarray, 'prompts text_length'], Float32[np.ndarray, 'prompts text_length'] | None
+  ]:
+    """Returns the text tokens of prompts, and their weights if the prompts have any."""
+    if not weighted:
+      return self._encode(prompts, 5), None
+    prompt_weights_lib.check_supported(self.config)
+    if self.cache == 'int8':
+      raise UserError(
+        "prompt_weights change keys and values of the text, which cache='int8' rounds; load the model "
+        "with cache='float'"
+      )
+    texts = self._encode(prompt_weights_lib.plain(prompts), 5)
+    weights = np.stack(
+      [
+        prompt_weights_lib.token_weights(self._vocabulary, prompt, ids)
+        for prompt, ids in zip(prompts, texts)
+      ]
+    )
+    return texts, None if np.all(weights == 1) else weights
+
+  def _result(
+    self,
+    asked: _Asked,
+    tokens: Int32[np.ndarray, 'prompts candidates image_length'],
+    images: UInt8[np.ndarray, 'prompts candidates height width 3'],
+    usage: adaptive.Usage | None = None,
+    passes: speculative.Passes | None = None,
+  ) -> Result:
+    """Returns what was sampled as a result."""
+    return Result(
+      images,
+      tokens,
+      asked.prompts,
+      asked.seed,
+      asked.settings,
+      self.model_name,
+      usage,
+      passes,
+      image_index=asked.index,
+      weights=self.weights,
+      cache=self.cache,
+      edit=asked.edit,
+      kept=asked.kept,
+      best_of=asked.best_of,
+      negative=asked.negative,
+      prompt_weights=asked.weighted,
+    )
+
+  def _best(self, result: Result, asked: _Asked, batch: int) -> Result:
+    """Returns the best candidate of each picture."""
+    assert asked.kept is not None
+    shape = asked.index.shape
+    found = self._log_likelihoods(
+      asked.texts,
+      asked.text_weights,
+      asked.rows(np.arange(asked.index.size)),
+      result.tokens.reshape(asked.index.size, -1),
+      batch,
+    ).reshape(*shape, -1)
+    total = np.where(editing.after_hole(asked.kept), found, 0.0).sum(axis=-1)
+    of_picture = total.reshape(shape[0], -1, asked.best_of)
+    first = np.arange(of_picture.shape[1]) * asked.best_of
+    best = first + np.argmax(of_picture, axis=-1)
+    return _chosen(dataclasses.replace(result, likelihoods=total), best)
+
+  def _sample(
+    self, asked: _Asked, batch: int, progress: bool, room: tuple[np.ndarray, np.ndarray]
   ) -> tuple[
     Int32[np.ndarray, 'prompts num_images image_length'],
     UInt8[np.ndarray, 'prompts num_images height width 3'],
     adaptive.Usage | None,
     speculative.Passes | None,
   ]:
-    """Samples pictures for encoded prompts, one batch after another.
+    """Samples pictures, one batch after another.
 
     Args:
-      texts: text tokens of the prompts.
-      index: the index of each picture among those of its prompt.
-      seed: the seed of all pictures.
-      sampling: how to sample.
+      asked: the pictures to sample.
       batch: number of pictures in a batch.
       progress: whether to show a progress bar.
       room: arrays for the tokens and the pictures, a result of `_empty`.
@@ -386,19 +810,24 @@ class TextToImage:
       The image tokens, the pictures, what the tokens computed if the settings skip anything, and
       the passes they took if sampling is speculative.
     """
-    shape, total, indices = index.shape, index.size, index.reshape(-1)
+    shape, total, indices = asked.index.shape, asked.index.size, asked.index.reshape(-1)
+    params = self.generator_params, self.tokenizer_params
+    others = np.uint32(asked.seed), asked.sampling
+    statics = {'config': self.config, 'tokenizer': self.tokenizer}
     tokens, images = room
     counts = []
     for start, chosen in placement.pieces(total, batch, progress):
-      *drawn, usage, passes = self.place.run(
-        programs.generate,
-        (self.generator_params, self.tokenizer_params),
-        (texts[chosen // shape[1]], indices[chosen]),
-        np.uint32(seed),
-        sampling,
-        config=self.config,
-        tokenizer=self.tokenizer,
-      )
+      arrays = asked.texts[asked.rows(chosen)], indices[chosen]
+      usage = passes = None
+      if asked.steered:
+        steering = asked.steering(chosen)
+        drawn = self.place.run(
+          programs.steer, params, (*arrays, steering), *others, prefix=asked.prefix, **statics
+        )
+      else:
+        *drawn, usage, passes = self.place.run(
+          programs.generate, params, arrays, *others, **statics
+        )
       stop = min(start + batch, total)
       tokens[start:stop], images[start:stop] = (part[: stop - start] for part in drawn)
       counts.append(jax.tree.map(lambda part, count=stop - start: part[:count], (usage, passes)))
@@ -418,20 +847,14 @@ class TextToImage:
     """
     assert result.image_index is not None and result.upscaled is None
     shape = result.images.shape
-    texts = [prompt for prompt in result.prompts for _ in range(shape[1])]
+    prompts = result.prompts
+    if result.prompt_weights:
+      prompts = prompt_weights_lib.plain(prompts)
+    texts = [prompt for prompt in prompts for _ in range(shape[1])]
     images = result.images.reshape(-1, *shape[2:])
     scores = self._needed_ranker().scores(texts, images).reshape(shape[:2])
     order = np.argsort(-scores, axis=1, kind='stable')
-    rows = np.arange(shape[0])[:, None]
-    return dataclasses.replace(
-      result,
-      images=result.images[rows, order],
-      tokens=result.tokens[rows, order],
-      usage=jax.tree.map(lambda part: part[rows, order], result.usage),
-      passes=jax.tree.map(lambda part: part[rows, order], result.passes),
-      scores=scores[rows, order],
-      image_index=result.image_index[rows, order],
-    )
+    return _chosen(dataclasses.replace(result, scores=scores), order)
 
   def upscaled(self, result: Result) -> Result:
     """Adds the pictures enlarged by the model's super-resolution.
@@ -515,12 +938,15 @@ class TextToImage:
   ]:
     """Returns uninitialised arrays for the tokens and pixels of pictures."""
     length, size = self.config.image_length, self.image_size
-    if total * (4 * length + 3 * size**2) > _memory():
+    return np.empty([total, length], np.int32), np.empty([total, size, size, 3], np.uint8)
+
+  def _check_room(self, total: int) -> None:
+    """Raises UserError if so many pictures don't fit into memory."""
+    if total * (4 * self.config.image_length + 3 * self.image_size**2) > _memory():
       raise UserError(
         f'{total:,} pictures do not fit into memory; choose a smaller num_images, or fewer '
         'prompts at once'
       )
-    return np.empty([total, length], np.int32), np.empty([total, size, size, 3], np.uint8)
 
   def _through_tokenizer(
     self,
@@ -546,20 +972,54 @@ class TextToImage:
     Raises:
       UserError: if there is no prompt, or one is blank.
     """
+    return self._encode(prompts, 4)
+
+  def _encode(
+    self, prompts: Sequence[str], stacklevel: int, name: str = 'prompt'
+  ) -> Int32[np.ndarray, 'prompts text_length']:
+    """Does what `encode_prompts` does.
+
+    Args:
+      prompts: the texts.
+      stacklevel: number of calls up to the caller's code, to which warnings point.
+      name: what the texts are, for messages.
+    """
     if not prompts:
       raise UserError('no prompt given')
     texts = np.empty([len(prompts), self.config.text_length], np.int32)
     for row, prompt in enumerate(prompts):
       texts[row], cut = self._vocabulary.encode(prompt, self.config.text_length)
       if self._vocabulary.is_empty(texts[row]):
-        raise UserError(f'prompt {row + 1} is empty; say what the picture should show')
+        raise UserError(f'{name} {row + 1} is empty; say what the picture should show')
       if cut:
         warnings.warn(
-          f'prompt {row + 1} is longer than the {self.config.text_length} text tokens of the '
+          f'{name} {row + 1} is longer than the {self.config.text_length} text tokens of the '
           f'model; left out: {cut!r}',
-          stacklevel=3,
+          stacklevel=stacklevel,
         )
     return texts
+
+  def encode_negative(
+    self, negative: str, settings: sampling_settings.SamplingSettings
+  ) -> Int32[np.ndarray, 'text_length']:
+    """Encodes the text of guidance's other side to text tokens.
+
+    Args:
+      negative: an argument of `generate`.
+      settings: the settings with which to sample.
+
+    Raises:
+      UserError: if there is no guidance, or the text is blank.
+    """
+    negative = checks.texts('negative', checks.text('negative', negative))[0]
+    if not settings.guided:
+      raise UserError(
+        'negative is the other side of guidance, which guidance_scale=1 turns off; choose a larger '
+        'guidance_scale, such as 2'
+      )
+    if not negative.strip():
+      raise UserError('negative is empty; without it, guidance has the empty text there')
+    return self._encode([negative], 5, 'negative text')[0]
 
   def left_out(self, prompt: str) -> str:
     """Returns the end of a prompt that `encode_prompts` leaves out; empty if all of it fits."""
@@ -634,6 +1094,14 @@ def load(
   name = 'demo' if path is None else os.path.basename(os.path.abspath(folder))
   model, name = adapters.with_adapters(model_folder.load(folder), lora, name)
   return TextToImage(model, name, mesh, rules, ranker, weights, cache, upscaler)
+
+
+def _chosen(result: Result, columns: Int32[np.ndarray, 'prompts chosen']) -> Result:
+  """Returns the pictures in some columns of each prompt."""
+  rows = np.arange(len(columns))[:, None]
+  names = ('images', 'tokens', 'usage', 'passes', 'scores', 'image_index', 'kept', 'likelihoods')
+  parts = {name: getattr(result, name) for name in names}
+  return dataclasses.replace(result, **jax.tree.map(lambda part: part[rows, columns], parts))
 
 
 def _memory() -> float:
