@@ -78,6 +78,11 @@ def plans() -> dict[str, list[str]]:
     four = ['--topology=v5e:2x2', '--batch_size=64', '--gin.make_mesh.fsdp=1']
     found[f'dalle_{size}_v5e_sample'] = sample + one
     found[f'dalle_{size}_v5e_4_sample'] = [*sample, *four, f'--gin.make_mesh.{mesh}=4']
+  llamagen = ['--what=sample', '--gin_file=gin_configs/runs/llamagen_3b.gin']
+  one = ['--topology=v5e:1x1', '--batch_size=16', '--gin.make_mesh.fsdp=1']
+  four = ['--topology=v5e:2x2', '--batch_size=32', '--gin.make_mesh.fsdp=1']
+  found['llamagen_3b_v5e_sample'] = llamagen + one
+  found['llamagen_3b_v5e_4_sample'] = [*llamagen, *four, '--gin.make_mesh.tensor=4']
   found['20b_v5e_sample_int8'] = [*found['20b_v5e_sample'], '--weights=int8']
   found['20b_v5e_sample_int8_cache'] = [*found['20b_v5e_sample_int8'], '--cache=int8']
   return found

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import flax.linen as nn
 import gin
@@ -20,7 +18,6 @@ from parti_jax.exported_model import model_folder
 from parti_jax.models import generators
 from parti_jax.models import parti_config
 from parti_jax.models.nn import layers
-from parti_jax.models.nn import quantization
 from parti_jax.models.nn import transformer
 from parti_jax.partitioning import rules as rules_lib
 from parti_jax.planning import least_network
@@ -103,27 +100,17 @@ def sampling_step(request: request_lib.Request, mesh) -> request_lib.Step:
   boxed = model_folder.abstract('generator', config)
   params = _abstract_parameters(config, boxed, mesh, rules, request.weights)
   place = functools.partial(_placed, mesh=mesh, rules=rules)
-  pairs = lambda lengths: [
-    (_keys(config, sequences, length, request.cache, place),) * 2 for length in lengths
-  ]
-  patterns = [generators.layer_pattern(config, layer) for layer in range(config.decoder_layers)]
-  texts = pairs([config.text_length] * config.decoder_layers)
-  caches, read_slots = (pairs(lengths) for lengths in zip(*map(_slots, patterns)))
+  state = _abstract_state(config, params, sequences, request.cache, place)
+  caches, read_slots = state.caches, _read_slots(config, state.caches)
   if mesh.devices.flat[0].platform == 'tpu':
     caches = jax.tree.map(_in_cache_layout, caches)
   batch = ('activation_batch',)
   keys = jax.eval_shape(lambda: decoding.image_keys(0, jnp.arange(images)))
-  mask = place((sequences, 1, 1, config.text_length), jnp.bool_, batch)
-  position = jax.ShapeDtypeStruct((), jnp.int32)
-  parts: Sequence[Any] = position, None, texts, mask  # Abstract; `step` sets the caches.
-  state = transformer.DecoderState(*parts)
-  arguments = (
-    params,
-    caches,
-    state,
-    place((images,), jnp.int32, batch),
-    place(keys.shape, keys.dtype, batch),
-  )
+  state = state.replace(caches=None)  # `step` sets them.
+  previous = place((images,), jnp.int32, batch)
+  arguments = params, caches, state, previous, place(keys.shape, keys.dtype, batch)
+  # The caches keep their layout, as in the loop; by itself, XLA would choose one for each.
+  results = previous.sharding, jax.tree.map(_format, caches)
 
   def step(params, caches, state, previous, keys):
     sampling = decoding.Sampling(guided=request.guided).at_each_position(config.image_length)
@@ -133,11 +120,11 @@ def sampling_step(request: request_lib.Request, mesh) -> request_lib.Step:
 
   def lower():
     with rules_lib.partitioned(mesh, rules):
-      return jax.jit(step, donate_argnums=1).lower(*arguments)
+      return jax.jit(step, donate_argnums=1, out_shardings=results).lower(*arguments)
 
   decoder = params['image_decoder']
   layers_read = _read_by_step(decoder['decoder']['layers'])
-  read = (layers_read, decoder['logits'])
+  read = (layers_read, decoder.get('logits', ()))
   # Parameters that the program doesn't use: the text encoder, and the text's projections to keys and
   # values.
   others = decoder | {'decoder': decoder['decoder'] | {'layers': []}}
@@ -152,31 +139,51 @@ def sampling_step(request: request_lib.Request, mesh) -> request_lib.Step:
       'model': 'generator',
       'config': type(config).__name__,
       'guided': request.guided,
-      'cache_length': max(pattern.num_slots(config.image_length) for pattern in patterns),
+      'cache_length': max(pattern.num_slots(config.image_length) for pattern in config.patterns),
       'weights': request.weights,
       'cache': request.cache,
     },
-    ideal_bytes={'parameters': device_parts(read), 'cache': device_parts((read_slots, texts))},
+    ideal_bytes={
+      'parameters': device_parts(read),
+      'cache': device_parts((read_slots, state.texts)),
+    },
     resident_bytes=device_parts(params) - device_parts(kept),
     notes=('the memory leaves out the image tokenizer, and the caches from before they grow',),
   )
 
 
-def _keys(config, sequences: int, length: int, cache: str, place):
-  """Returns the shapes of the keys, or the values, of one layer for a number of positions."""
-  shape = (sequences, config.cached_heads, length, config.head_dim)
-  axes = ('activation_batch', 'activation_heads', 'activation_length', None)
-  if cache == 'float':
-    return place(shape, config.compute_dtype, axes)
-  return quantization.QuantizedVectors(
-    place(shape, jnp.int8, axes), place(shape[:-1], jnp.float32, axes[:-1])
+def _abstract_state(config, params, sequences: int, cache: str, place) -> transformer.DecoderState:
+  """Returns the shapes of a decoder's state with whole caches, on the mesh."""
+  unplaced = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+  texts = jax.ShapeDtypeStruct((sequences, config.text_length), jnp.int32)
+  init = lambda params, texts: decoding.init_state(
+    config, params, texts, config.image_length, cache
+  )
+  state = jax.eval_shape(init, unplaced, texts)
+  batch, axes = ('activation_batch',), ('activation_heads', 'activation_length', None)
+  of_heads = lambda leaf: place(leaf.shape, leaf.dtype, (batch + axes)[: leaf.ndim])
+  of_rows = lambda leaf: place(leaf.shape, leaf.dtype, batch)
+  return state.replace(
+    caches=jax.tree.map(of_heads, state.caches),
+    texts=jax.tree.map(of_heads, state.texts),
+    text_mask=of_rows(state.text_mask),
+    start=jax.tree.map(of_rows, state.start),
   )
 
 
-def _slots(pattern) -> tuple[int, int]:
-  """Slots of a layer's whole cache, and those that a step reads."""
-  slots = pattern.num_slots(pattern.length)
-  return slots, pattern.read(0, slots)[1]
+def _read_slots(config, caches):
+  """Returns the shapes of what a step reads of each layer's cache."""
+
+  def part(leaf, count: int):
+    shape = (*leaf.shape[:2], count, *leaf.shape[3:])
+    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
+
+  found = []
+  for layer, cache in enumerate(caches):
+    pattern = generators.layer_pattern(config, layer)
+    count = pattern.read(0, pattern.num_slots(pattern.length))[1]
+    found.append(jax.tree.map(functools.partial(part, count=count), cache))
+  return found
 
 
 def sampled_config() -> generators.Config:
@@ -208,6 +215,10 @@ def _in_cache_layout(leaf) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(
     leaf.shape, leaf.dtype, sharding=layout.Format(decoding.CACHE_LAYOUT, leaf.sharding)
   )
+
+
+def _format(leaf: jax.ShapeDtypeStruct):
+  return leaf.sharding if leaf.format.layout is None else leaf.format
 
 
 def _read_by_step(layers_apart):
