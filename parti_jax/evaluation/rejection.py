@@ -85,14 +85,7 @@ class Table:
 
   def remarks(self) -> list[str]:
     """Returns why distances are unreliable, if they are."""
-    row = self.shares[0].row
-    fewest = min(row.pictures, row.real or 0)
-    if fewest > self.dim:
-      return []
-    return [
-      f'Fréchet distance: {fewest:,} pictures are no more than the {self.dim:,} features, so covariances '
-      'are singular and the value is mostly small-sample bias.'
-    ]
+    return distribution.row_remarks(self.shares[0].row, self.dim)
 
   def cells(self) -> list[list[str]]:
     """Returns a header, and a line for each share."""

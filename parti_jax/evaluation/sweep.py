@@ -51,18 +51,22 @@ class Curve:
   Attributes:
     pictures: name of the set of pictures.
     features: description of the features.
+    dim: number of features.
     points: the points, in the order of the sweep.
-    remarks: what is unreliable in the reports of the points.
   """
 
   pictures: str
   features: str
+  dim: int
   points: Sequence[Point]
-  remarks: Sequence[str] = ()
 
   @property
   def title(self) -> str:
     return f'{self.pictures}, over features: {self.features}'
+
+  def remarks(self) -> list[str]:
+    """Returns why distances are unreliable, if they are."""
+    return distribution.row_remarks(self.points[0].row, self.dim)
 
   def cells(self) -> list[list[str]]:
     """Returns a header, and a line for each point; the lowest distance has a star."""
@@ -137,7 +141,8 @@ class Report:
   def text(self) -> str:
     """Renders the tables for a terminal."""
     blocks = [
-      '\n'.join([curve.title, tables.text(curve.cells()), *curve.remarks]) for curve in self.curves
+      '\n'.join([curve.title, tables.text(curve.cells()), *curve.remarks()])
+      for curve in self.curves
     ]
     return '\n\n'.join([*blocks, f'* the lowest. {_NOTE}']) + '\n'
 
@@ -145,7 +150,7 @@ class Report:
     """Renders the tables in Markdown."""
     blocks = ['# Sweep']
     for curve in self.curves:
-      blocks += [f'## {curve.title}', tables.markdown(curve.cells()), *curve.remarks]
+      blocks += [f'## {curve.title}', tables.markdown(curve.cells()), *curve.remarks()]
     return '\n\n'.join([*blocks, f'\\* the lowest. {_NOTE}']) + '\n'
 
   def json(self) -> str:
@@ -166,18 +171,16 @@ def curves(reports: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> li
   Args:
     reports: the settings of each point, and the content of its report.json.
   """
-  found: dict[tuple[str, str], list[Point]] = {}
-  remarks: dict[tuple[str, str], dict[str, None]] = {}
+  found: dict[tuple[str, str, int], list[Point]] = {}
   for settings, report in reports:
     for name, distributions in _sets(report):
       rows = [_row(table['rows']['generated']) for table in distributions]
       alignment = next((row.alignment for row in rows if row.alignment is not None), None)
       for table, row in zip(distributions, rows):
         row = dataclasses.replace(row, alignment=alignment)
-        key = name, table['features']
+        key = name, table['features'], table['dim']
         found.setdefault(key, []).append(Point(settings, row))
-        remarks.setdefault(key, {}).update(dict.fromkeys(table['remarks']))
-  return [Curve(*key, points, list(remarks[key])) for key, points in found.items()]
+  return [Curve(*key, points) for key, points in found.items()]
 
 
 def _sets(report: Mapping[str, Any]) -> list[tuple[str, Sequence[Mapping[str, Any]]]]:

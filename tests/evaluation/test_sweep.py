@@ -107,7 +107,7 @@ def test_each_point_has_its_settings_and_the_curve_its_numbers(pipeline, coco, t
   )
   written = (out / 'sweep.md').read_text()
   assert '| guidance_scale | top_p | pictures |' in written
-  assert 'no more pictures than the 192 features' in written  # As in the points' reports.
+  assert '12 pictures are no more than the 192 features' in written
 
 
 def test_a_stopped_sweep_resumes_within_a_point(pipeline, coco, tmp_path):

@@ -242,6 +242,22 @@ def row(
   return _row(generated, sets.real, _fit(sets, generated, caption_of))
 
 
+def row_remarks(row: Row, dim: int) -> list[str]:
+  """Returns why the Fréchet distance of a row is unreliable; none if it isn't.
+
+  Args:
+    row: a row with real pictures.
+    dim: number of features.
+  """
+  fewest = min(row.pictures, row.real or 0)
+  if fewest > dim:
+    return []
+  return [
+    f'Fréchet distance: {fewest:,} pictures are no more than the {dim:,} features, so covariances are '
+    'singular and the value is mostly small-sample bias.'
+  ]
+
+
 def _remarks(rows: Mapping[str, Row], dim: int, captions: int | None, scored: bool) -> list[str]:
   """Reports values that are unreliable or missing because there are too few pictures.
 
