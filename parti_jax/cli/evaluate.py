@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import parti_jax
@@ -18,10 +19,12 @@ from parti_jax.data import openmoji
 from parti_jax.data import openmoji_grammar
 from parti_jax.data import openmoji_scenes
 from parti_jax.evaluation import captions_evaluation
+from parti_jax.evaluation import measurement
 from parti_jax.evaluation import output_folder
 from parti_jax.evaluation import rejection
 from parti_jax.evaluation.datasets import coco
 from parti_jax.evaluation.datasets import localized_narratives
+from parti_jax.evaluation.datasets import picture_sets
 from parti_jax.evaluation.metrics import features
 from parti_jax.evaluation.openmoji import contact_sheet
 from parti_jax.evaluation.openmoji import openmoji_judge
@@ -93,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     '--inception_weights',
     metavar='FILE',
     help="Inception's weights for the FID and the inception score, "
-    f"torch-fidelity's {features.INCEPTION_FILE} (default: none; then the features of the model's "
+    f"{features.INCEPTION_FILE} (default: none; then the features of the model's "
     'ranker are used to compare pictures)',
   )
   parser.add_argument(
@@ -362,6 +365,8 @@ def _captions(args: argparse.Namespace, shared: _Shared):
     real=lambda: shared.real,
     **sampling,
   )
+  for name, found in _measurements(args, report, captioned.captions, extractors).items():
+    output_folder.write(folder / name, found.json().encode())
   pages = {}
   if shown.captions:
     pages['contact_sheet'] = sheets.sheet(
@@ -371,6 +376,51 @@ def _captions(args: argparse.Namespace, shared: _Shared):
       columns=4,
     )
   return report, pages, folder
+
+
+def _measurements(
+  args: argparse.Namespace,
+  report: captions_evaluation.Report,
+  captions: Sequence[str],
+  extractors: Sequence[features.Extractor],
+) -> dict[str, measurement.Measurement]:
+  """Returns {file name: the generated pictures' row over a kind of features, for comparisons}."""
+  found = {}
+  for table, extractor in zip(report.distributions, extractors):
+    inception = isinstance(extractor, features.Inception)
+    weights = (
+      extractor.digest
+      if isinstance(extractor, features.Inception)
+      else output_folder.ranker_weights(args.ranker or args.model)
+    )
+    row = table.rows['generated']
+    # Generated pictures are enlarged, or reduced, to the size of the real ones.
+    resize = picture_sets.RESIZE_FILTER
+    found['measurement.json' if inception else 'measurement_ranker.json'] = measurement.Measurement(
+      'captions',
+      {
+        'dataset': report.dataset,
+        'captions': report.captions,
+        'digest': output_folder.fingerprint(*(text.encode() for text in captions)),
+        'pictures': row.pictures,
+        'real_pictures': row.real,
+        'picture_size': extractor.image_size,
+        'resize': 'as its authors' if extractor.resizes else resize,
+        'compression': 'lossless',
+        'features': {'name': 'Inception v3' if inception else 'ranker', 'weights': weights},
+      },
+      {
+        'model': args.model or 'demo',
+        'weights': output_folder.model_fingerprint(args.model),
+        'seed': report.seed,
+        'num_images': report.num_images,
+        'picture_size': report.model_image_size,
+        'sampling': {**report.sampling, **sampling_flags.given_precision(args)},
+      },
+      measurement.of_row(row, inception),
+      list(table.remarks),
+    )
+  return found
 
 
 def _rejection(args: argparse.Namespace, shared: _Shared) -> int:
@@ -474,8 +524,8 @@ def _check_flags(args: argparse.Namespace):
   checks.whole_number('--image_size', args.image_size, 1, features.LARGEST_SIZE)
   if args.inception_weights is not None and not pathlib.Path(args.inception_weights).is_file():
     raise UserError(
-      f"--inception_weights {args.inception_weights} isn't a file; give torch-fidelity's "
-      f'{features.INCEPTION_FILE}'
+      f"--inception_weights {args.inception_weights} isn't a file; give "
+      f'{features.INCEPTION_FILE} of pytorch-fid or torch-fidelity'
     )
   sampling_flags.given(args)
   sampling_flags.given_precision(args)

@@ -191,14 +191,9 @@ def network(
       f'the model {model.model_name} has no ranker; give --inception_weights or --ranker'
     )
   ranker = features.RankerFeatures(model.ranker, model.model_name)
-  weights = (
-    output_folder.model_fingerprint(args.model)
-    if args.ranker is None
-    else output_folder.ranker_fingerprint(args.ranker)
-  )
   return ranker, {
     'network': f'ranker ({model.ranker.kind})',
-    'weights': weights,
+    'weights': output_folder.ranker_weights(args.ranker or args.model),
     'resize': f'to {ranker.image_size} pixels, '
     + ('as its authors' if ranker.resizes else picture_sets.RESIZE_FILTER),
     'pixels': 'uint8',

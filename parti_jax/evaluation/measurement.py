@@ -26,6 +26,7 @@ from typing import NamedTuple
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
 from parti_jax.evaluation import tables
+from parti_jax.evaluation.metrics import distribution
 
 SCHEMA = 'parti_jax.measurement.1'
 # Maximum number of entries of a protocol that a message names.
@@ -55,6 +56,9 @@ MEANINGS = {
   'inception_score': Meaning('inception score', '', 'higher', 3),
   'precision': Meaning('precision', '', 'higher', 4),
   'recall': Meaning('recall', '', 'higher', 4),
+  'alignment': Meaning('alignment', '', 'higher', 4),
+  'CLIPScore': Meaning('CLIPScore', '', 'higher', 4),
+  'HPSv2': Meaning('HPSv2', '', 'higher', 3),
   'rfid': Meaning('rFID', '', 'lower', 4),
   'psnr': Meaning('PSNR', 'dB', 'higher', 3),
   'ssim': Meaning('SSIM', '', 'higher', 4),
@@ -129,6 +133,29 @@ class Measurement:
   def markdown(self) -> str:
     """Renders the table in Markdown."""
     return '\n\n'.join(['# Measurement', tables.markdown(self.cells()), *self.notes()]) + '\n'
+
+
+def of_row(row: distribution.Row, inception: bool) -> dict[str, Value]:
+  """Returns the numbers of a row of `distribution` that are defined.
+
+  Args:
+    row: the row.
+    inception: whether its features are Inception's, over which the Fréchet distance is the FID.
+  """
+  shares: dict[str, float | None] = {
+    'fid' if inception else 'frechet_distance': row.frechet_distance,
+    'precision': row.precision,
+    'recall': row.recall,
+  }
+  found = {name: Value(share) for name, share in shares.items() if share is not None}
+  if row.inception_score is not None:
+    score = row.inception_score
+    found['inception_score'] = Value(score.mean, score.error, 'deviation over parts')
+  estimates = {} if row.alignment is None else {'alignment': row.alignment}
+  for name, estimate in {**estimates, **row.scores}.items():
+    of_what = '' if estimate.error is None else 'standard error over captions'
+    found[name] = Value(estimate.mean, estimate.error, of_what)
+  return found
 
 
 def read(path: str) -> Measurement:

@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import tempfile
+from collections.abc import Callable
 from collections.abc import Mapping
 
 from PIL import Image
@@ -95,12 +96,25 @@ def ranker_fingerprint(folder) -> str | None:
   return None if folder is None else model_fingerprint(folder)
 
 
+def ranker_weights(folder) -> str:
+  """Returns a hash of the weights of the ranker in a folder, as `model_fingerprint`.
+
+  Args:
+    folder: path or URL of a model or of a ranker; None for the demo model.
+  """
+  return _fingerprint_of(folder, lambda name: name.startswith('ranker'))
+
+
 def model_fingerprint(folder) -> str:
   """Returns a hash of a model folder, over its small files and the ends of its large ones.
 
   Args:
     folder: path or URL of the folder; None for the demo model.
   """
+  return _fingerprint_of(folder, lambda name: True)
+
+
+def _fingerprint_of(folder, wanted: Callable[[str], bool]) -> str:
   if folder is None:
     # Imported here, since it imports JAX, which takes a moment.
     from parti_jax.sampling import text_to_image
@@ -110,7 +124,7 @@ def model_fingerprint(folder) -> str:
     folder = storage.local_folder(folder, storage.names(folder))
   parts = []
   for path in sorted(pathlib.Path(folder).iterdir()):
-    if path.suffix in ('.json', '.safetensors', '.model'):
+    if path.suffix in ('.json', '.safetensors', '.model') and wanted(path.name):
       with path.open('rb') as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)

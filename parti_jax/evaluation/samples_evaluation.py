@@ -269,7 +269,8 @@ def evaluate(
     gaussian = reference.statistics.get(name)
     if gaussian is None and not reference.statistics:
       gaussian = gaussian_of(stores[1].arrays(name), reference.place)
-    value, found = distance(stores[0], name, gaussian, samples.place)
+    counted = None if reference.statistics or of_reference is None else of_reference.pictures
+    value, found = distance(stores[0], name, gaussian, samples.place, counted)
     values |= {} if value is None else {key: value}
     remarks += [f'{measurement.MEANINGS[key].label}: {remark}' for remark in found]
   if scored:
@@ -287,7 +288,9 @@ def evaluate(
       **of_samples.protocol(),
       'reference': _reference_protocol(reference, of_reference),
       'features': of_features,
-      'inception_score': f'parts of {inception_score.PART:,} in the given order',
+      'inception_score': f'parts of {inception_score.PART:,} in the given order'
+      if scored
+      else 'none',
       'precision_recall': f'k = {precision_recall.NEIGHBOURS}, float64',
     },
     {
@@ -342,7 +345,11 @@ def gaussian_of(features: Iterable[np.ndarray], place: str) -> frechet.Gaussian 
 
 
 def distance(
-  store: feature_blocks.Store, name: str, other: frechet.Gaussian | None, place: str
+  store: feature_blocks.Store,
+  name: str,
+  other: frechet.Gaussian | None,
+  place: str,
+  other_count: int | None = None,
 ) -> tuple[measurement.Value | None, list[str]]:
   """Returns a store's Fréchet distance from a Gaussian, with its standard error, and remarks.
 
@@ -351,6 +358,7 @@ def distance(
     name: which of them.
     other: the Gaussian; None if there is none to compare with.
     place: where the pictures are, for messages.
+    other_count: number of pictures of the Gaussian; None if unknown.
 
   Raises:
     UserError: the Gaussian is of other features, or there are fewer than two pictures.
@@ -367,10 +375,11 @@ def distance(
       'it was made with another network'
     )
   value = frechet.distance(one, other)
-  if count <= dim:
+  least = count if other_count is None else min(count, other_count)
+  if least <= dim:
     return measurement.Value(value), [
-      f'no more pictures ({count:,}) than the {dim:,} features, so the covariance is singular, the '
-      'value is mostly small-sample bias, and it has no standard error.'
+      f'no more pictures ({least:,}) than the {dim:,} features, so a covariance is singular, the value '
+      'is mostly small-sample bias, and it has no standard error.'
     ]
   influence = frechet.Influence(one, other)
   square = sum(float(np.sum(np.square(influence.of(block)))) for block in store.arrays(name))

@@ -240,7 +240,9 @@ def evaluate(
   remarks = samples_evaluation.skipped(pictures.place, facts)
   key = 'rfid' if of_features['network'].startswith('Inception') else 'frechet_distance'
   gaussian = samples_evaluation.gaussian_of(stores[0].arrays('values'), pictures.place)
-  value, found = samples_evaluation.distance(stores[1], 'values', gaussian, pictures.place)
+  value, found = samples_evaluation.distance(
+    stores[1], 'values', gaussian, pictures.place, facts.pictures
+  )
   values: dict[str, measurement.Value] = {} if value is None else {key: value}
   remarks += [f'{measurement.MEANINGS[key].label}: {remark}' for remark in found]
   for name in _PAIRS:

@@ -13,6 +13,7 @@ from PIL import Image
 import parti_jax
 from parti_jax.cli import evaluate
 from parti_jax.core.errors import UserError
+from parti_jax.evaluation import measurement
 from parti_jax.evaluation.datasets import picture_shards
 from parti_jax.evaluation.metrics import features
 
@@ -68,6 +69,7 @@ def test_reports_pictures_and_sheet(pipeline, flags, tmp_path, capsys):
   assert sorted(path.name for path in out.iterdir()) == [
     'contact_sheet.png',
     'generated',
+    'measurement_ranker.json',
     'report.json',
     'report.md',
     'run.json',
@@ -81,6 +83,12 @@ def test_reports_pictures_and_sheet(pipeline, flags, tmp_path, capsys):
   assert table['rows']['reconstruction']['frechet_distance'] == pytest.approx(0, abs=1e-4)
   assert table['rows']['reconstruction']['precision'] == 1
   assert table['rows']['generated']['frechet_distance'] > 0.01
+  measured = measurement.read(str(out / 'measurement_ranker.json'))
+  generated = table['rows']['generated']
+  assert measured.values['frechet_distance'].value == generated['frechet_distance']
+  assert measured.values['alignment'].error == generated['alignment']['error']
+  assert measured.protocol['captions'] == PICTURES
+  assert measured.subject['sampling'] == {'guidance_scale': 2.0}
   printed = capsys.readouterr()
   assert 'all 12 captions, which are fewer than --num_captions=30000' in printed.err
   assert 'Fréchet distance' in printed.out and 'MS-COCO' in printed.out
@@ -176,6 +184,7 @@ def test_inception_compares_at_the_requested_size(pipeline, flags, tmp_path, mon
 
   class FakeInception:
     resizes = False
+    digest = 'ab' * 32
 
     def __init__(self, weights, image_size):
       self.name, self.image_size = weights, image_size
@@ -200,6 +209,13 @@ def test_inception_compares_at_the_requested_size(pipeline, flags, tmp_path, mon
   report = json.loads((tmp_path / 'out' / 'report.json').read_text())
   assert len(report['distributions']) == 2
   assert report['distributions'][0]['rows']['generated']['alignment'] is None
+  measured = measurement.read(str(tmp_path / 'out' / 'measurement.json'))
+  assert (
+    measured.values['fid'].value
+    == (report['distributions'][0]['rows']['generated']['frechet_distance'])
+  )
+  assert measured.protocol['features']['weights'] == 'ab' * 32
+  assert measured.protocol['picture_size'] == 48
 
 
 def test_cut_captions_are_counted(pipeline, flags, tmp_path):
