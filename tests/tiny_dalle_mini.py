@@ -112,9 +112,10 @@ def write_tokenizer(folder):
   printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
   others = [byte for byte in range(256) if byte not in printable]
   letters = [chr(byte) for byte in printable] + [chr(256 + place) for place in range(len(others))]
-  tokens = ['<s>', '<pad>', '</s>', '<unk>', '<mask>', *letters]
+  tokens = ['<s>', '<pad>', '</s>', '<unk>', *letters]
   tokens += [merge.replace(' ', '') for merge in _MERGES]
   vocabulary = {token: place for place, token in enumerate(tokens)}
+  vocabulary['<mask>'] = SETTINGS['encoder_vocab_size']  # As in the published mini, it has no row.
   (folder / 'vocab.json').write_text(json.dumps(vocabulary), encoding='utf-8')
   lines = ['#version: 0.2', *_MERGES, '']
   (folder / 'merges.txt').write_text('\n'.join(lines), encoding='utf-8')

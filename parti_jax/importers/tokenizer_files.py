@@ -121,6 +121,8 @@ def of_dalle_mini(given: str, normalizer: str) -> bytes:
       f"{where} isn't DALL·E mini's vocabulary: the ids of {', '.join(_BART_SPECIAL)} are not "
       f'{", ".join(map(str, _BART_SPECIAL.values()))}'
     )
+  # BART's last token, for which mini has no row. No text has it.
+  vocabulary = {token: number for token, number in vocabulary.items() if token != '<mask>'}
   if normalizer == 'min_dalle':
     normalizers = [
       {'type': 'Replace', 'pattern': {'Regex': r'\A +| +\z'}, 'content': ''},
