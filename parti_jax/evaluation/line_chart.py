@@ -112,8 +112,8 @@ def _panel(draw: ImageDraw.ImageDraw, panel: Panel, upper: int) -> None:
     draw.line([(_LEFT, down(y)), (right, down(y))], fill='#dddddd')
     draw.text((_LEFT - 6, down(y)), _number(y, y_ticks), fill='black', font=font, anchor='rm')
   title = images_lib.wrap(panel.title, font, _WIDTH - 16)[:_TITLE_LINES]
-  for number, line in enumerate([*title, panel.y_label]):
-    draw.text((8, upper + 6 + _LINE * number), line, fill='black', font=font)
+  for row, text in enumerate([*title, panel.y_label]):
+    draw.text((8, upper + 6 + _LINE * row), text, fill='black', font=font)
   middle = (_LEFT + right) / 2
   draw.text((middle, lower + 8 + _LINE), panel.x_label, fill='black', font=font, anchor='ma')
   for number, (name, line) in enumerate(panel.lines.items()):
