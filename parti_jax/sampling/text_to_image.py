@@ -853,7 +853,7 @@ class TextToImage:
     texts = [prompt for prompt in prompts for _ in range(shape[1])]
     images = result.images.reshape(-1, *shape[2:])
     scores = self._needed_ranker().scores(texts, images).reshape(shape[:2])
-    order = np.argsort(-scores, axis=1, kind='stable')
+    order = np.argsort(-scores, axis=1, kind='stable').astype(np.int32)
     return _chosen(dataclasses.replace(result, scores=scores), order)
 
   def upscaled(self, result: Result) -> Result:
