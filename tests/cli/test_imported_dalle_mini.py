@@ -65,6 +65,11 @@ def fixture_sources(tmp_path_factory):
   return folder
 
 
+def _count(model):
+  """Number of values of the generator's parameters."""
+  return json.loads((model / 'config.json').read_text())['parameters']['generator']
+
+
 def _import(sources, model, *others):
   command = ['import', 'generator', str(sources / 'dalle_mini'), '--format=dalle-mini']
   tokenizer = [f'--tokenizer={sources / "vqgan"}', '--image_size=8']
@@ -228,6 +233,14 @@ def test_int8_weights_and_cache(model):
   assert result.images.std() > 0
   plain = text_to_image.load(model).generate('a red cat', num_images=2)
   assert np.mean(result.tokens[..., 0] == plain.tokens[..., 0]) > 0
+
+
+def test_its_sampling_step_is_planned(model, tmp_path, capsys):
+  command = ['plan', '--what=sample', '--topology=cpu:2', '--gin_file=runs/tiny_generator.gin']
+  flags = ['--gin_file=models/imported_generator.gin', f"--gin.MODEL='{model}'", '--weights=int8']
+  assert main.main([*command, *flags, '--gin.make_mesh.tensor=2', '--gin.make_mesh.data=1']) == 0
+  said = capsys.readouterr().out
+  assert f'{_count(model):,} parameters, on cpu:2' in said and 'tensor 2' in said
 
 
 def test_a_run_goes_on_from_it_and_is_exported(model, tmp_path):
