@@ -1,4 +1,7 @@
-"""`parti-jax vocabulary`: trains a SentencePiece vocabulary on the captions of a source or mixture."""
+"""`parti-jax vocabulary`: trains a SentencePiece vocabulary on the captions of a source or mixture.
+
+For generators whose text is a class, it writes the names and numbers of the classes instead.
+"""
 
 import argparse
 import itertools
@@ -11,7 +14,10 @@ import tqdm
 
 from parti_jax.core import checks
 from parti_jax.core import gin_config
+from parti_jax.core import storage
 from parti_jax.core.errors import UserError
+from parti_jax.data import class_names
+from parti_jax.data import class_tokenizer
 from parti_jax.data import vocabulary
 
 # Maximum captions to measure the new vocabulary on.
@@ -25,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     '--task',
     help='the captions of this task, such as mixture_texts for those of all sources of a mixture '
     '(default: of the source that gin chooses)',
+  )
+  parser.add_argument(
+    '--classes',
+    metavar='FILE',
+    help='instead of training, write the vocabulary of a class-conditional generator: the classes of a '
+    'file of names such as LOC_synset_mapping.txt, which texts give by their name or number',
   )
   parser.add_argument('--output', required=True, metavar='FILE', help='the model file to write')
   parser.add_argument(
@@ -58,6 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
   """Trains and writes the vocabulary, and prints how it fits the captions."""
+  if args.classes is not None:
+    return _write_classes(args)
   if not 0.98 <= args.character_coverage <= 1:
     raise UserError(f'--character_coverage={args.character_coverage} must be from 0.98 to 1')
   checks.count('--size', args.size)
@@ -78,6 +92,22 @@ def run(args: argparse.Namespace) -> int:
   measured = itertools.islice(_with_text(found, args.split), _MEASURED_CAPTIONS)
   print(f'{args.output}: {model.size:,} ids')
   print(_fit(model, measured))
+  return 0
+
+
+def _write_classes(args: argparse.Namespace) -> int:
+  """Writes the vocabulary of classes."""
+  if args.task is not None or args.gin_file or args.gin_bindings:
+    raise UserError('--classes reads no captions; leave out --task, --gin_file and --gin.NAME')
+  classes = class_names.read(args.classes)
+  content = class_tokenizer.content(len(classes), classes)
+  try:
+    storage.write(args.output, content)
+  except OSError as error:
+    raise UserError(
+      f'--output {args.output} cannot be written ({error.strerror or error})'
+    ) from error
+  print(f'{args.output}: {len(classes):,} classes, and an id for none')
   return 0
 
 

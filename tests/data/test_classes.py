@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tfrecord_files
 
+from parti_jax.cli import main
 from parti_jax.core import gin_config
 from parti_jax.core.errors import UserError
 from parti_jax.data import class_names
@@ -158,6 +159,30 @@ def test_batches_and_the_text(tmp_path, encode, write_tar, names):
     'a photo of a goldfish': [1],
     'a photo of a crane': [2, 2],
   }
+
+
+@pytest.mark.parametrize('label', ['id', 'name'])
+def test_batches_for_a_class_conditional_generator(label, tmp_path, encode, write_tar, names):
+  splits = folders(tmp_path, encode, write_tar)
+  path = tmp_path / 'classes.json'
+  assert main.main(['vocabulary', f'--classes={names}', f'--output={path}']) == 0
+  source(tmp_path, splits, names=str(names), label=label)
+  with gin.unlock_config():
+    gin.parse_config(f"drop_text.rate = 0.5\nvocabulary.path = '{path}'")
+  found, lengths = [], {'inputs': 1, 'images': 8}
+  for batch in Batches('pairs', 'train', 5, lengths, seed=3, num_epochs=8, training=True):
+    for ids, image in zip(batch['encoder_input_tokens'], batch['images']):
+      found.append((int(ids[0]), int(image.argmax(-1)[0, 0])))
+  # A picture's color is its class, and dropped texts have the id after the last class.
+  assert {label for label, color in found if label != color} == {3} and len(found) == 40
+  assert {0, 1, 2} < {label for label, _ in found}
+
+
+def test_a_vocabulary_of_classes_reads_no_captions(tmp_path, names, capsys):
+  flags = [f'--classes={names}', f'--output={tmp_path}/classes.json']
+  assert main.main(['vocabulary', *flags, '--task=mixture_texts']) == 2
+  assert '--classes reads no captions' in capsys.readouterr().err
+  assert not (tmp_path / 'classes.json').exists()
 
 
 def test_digest_changes_with_the_classes(tmp_path, encode, write_tar, names):
