@@ -2,6 +2,9 @@
 
 import functools
 import json
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -309,3 +312,30 @@ def test_the_command(tmp_path, capsys, monkeypatch):
   ):
     assert main.main(['evaluate_samples', *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_hosts_give_the_numbers_of_one(tmp_path):
+  draw = np.random.default_rng(0)
+  for name in ('samples', 'reference'):
+    np.savez(
+      tmp_path / f'{name}.npz', arr_0=draw.integers(0, 256, (600, 16, 16, 3)).astype(np.uint8)
+    )
+  with socket.socket() as found:
+    found.bind(('localhost', 0))
+    port = found.getsockname()[1]
+
+  def start(folder, *flags):
+    command = [sys.executable, '-P', '-m', 'parti_jax.cli.main', 'evaluate_samples', 'samples.npz']
+    command += ['--reference=reference.npz', f'--output_dir={folder}', *flags]
+    return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
+
+  hosts = [
+    start('two', f'--coordinator=localhost:{port}', '--num_processes=2', f'--process_id={host}')
+    for host in range(2)
+  ]
+  assert [host.wait(300) for host in [*hosts, start('one')]] == [0, 0, 0]
+  one, two = (
+    measurement.read(str(tmp_path / folder / 'measurement.json')) for folder in ('one', 'two')
+  )
+  assert one == two
