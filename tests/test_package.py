@@ -42,7 +42,7 @@ _MAY_IMPORT = {
     'partitioning',
     'core',
   },
-  'serving': {'sampling', 'exported_model', 'core'},
+  'serving': {'sampling', 'exported_model', 'data', 'core'},
   'runs': {'checkpoints', 'core'},
   'training': {
     'runs',

@@ -63,12 +63,15 @@ class _Request:
 
   prompt: str
   text: Int32[np.ndarray, 'text_length']
+  other: Int32[np.ndarray, 'text_length'] | None
   seed: int
   image_index: int
   settings: sampling_settings.SamplingSettings
   future: concurrent.futures.Future[text_to_image.Result]
   on_preview: Callable[[Preview], None] | None = None
   preview_at: tuple[int, ...] = ()
+  negative: str | None = None
+  kept: Int32[np.ndarray, 'image_length'] | None = None
   settled: bool = False
 
   def settle(self) -> bool:
@@ -171,6 +174,8 @@ class ContinuousSampler:
     image_index: int = 0,
     on_preview: Callable[[Preview], None] | None = None,
     previews: int | None = None,
+    negative: str | None = None,
+    kept=None,
     **sampling,
   ) -> concurrent.futures.Future[text_to_image.Result]:
     """Asks for a picture.
@@ -185,6 +190,9 @@ class ContinuousSampler:
       previews: number of previews, at most; by default one for each row of image tokens but the
         last. They come after rows that are as far apart as possible. Previews of several rows that
         one call samples are one.
+      negative: the text of guidance's other side, as in `generate`.
+      kept: int32 [image_length], image tokens to take over; -1 where a token is sampled. By default
+        all are sampled.
       **sampling: fields of SamplingSettings that replace the sampler's defaults; None keeps the
         default.
 
@@ -207,15 +215,20 @@ class ContinuousSampler:
         f'guidance_scale={settings.guidance_scale:g} needs the pass without text, which this sampler '
         'leaves out because its own guidance_scale is 1; create it with another one'
       )
+    text = self._model.encode_prompts([prompt])
+    other = None if negative is None else self._model.encode_negative(negative, settings)
     request = _Request(
       prompt,
-      self._model.encode_prompts([prompt])[0],
+      text[0],
+      other,
       checks.whole_number('seed', seed, 0, sampling_settings.LARGEST_SEED),
       checks.whole_number('image_index', image_index, 0, checks.LARGEST_INT32),
       settings,
       concurrent.futures.Future(),
       on_preview,
       _preview_at(self._config.grid, previews) if on_preview is not None else (),
+      negative,
+      None if kept is None else self._checked_kept(kept),
     )
     with self._changed:
       if self._closed:
@@ -223,6 +236,15 @@ class ContinuousSampler:
       self._waiting.append(request)
       self._changed.notify_all()
     return request.future
+
+  def _checked_kept(self, kept) -> Int32[np.ndarray, 'image_length']:
+    length, codes = self._config.image_length, self._config.codebook_size
+    found = np.asarray(kept)
+    if found.shape != (length,) or found.dtype.kind != 'i':
+      raise UserError(f'kept is {found.dtype} {list(found.shape)}, expected int32 [{length}]')
+    if found.min() < -1 or found.max() >= codes:
+      raise UserError(f'kept has numbers that are neither -1 nor one of the {codes} codes')
+    return found.astype(np.int32)
 
   @property
   def waiting(self) -> int:
@@ -322,19 +344,25 @@ class ContinuousSampler:
     for slot, request in zip(free, admitted):
       self._running[slot] = request
     for slot, request in zip(free, admitted):
-      self._requests.set(slot, request.seed, request.image_index, request.settings)
+      self._requests.set(slot, request.seed, request.image_index, request.settings, request.kept)
     for start, size, count in _pieces(len(admitted), self._sizes):
       self._join(admitted[start : start + count], free[start : start + count], size)
 
   def _join(self, requests: list[_Request], into: list[int], size: int) -> None:
     """Encodes the texts of pictures, as a batch of `size`, and writes them into their slots."""
     texts = np.zeros([size, self._config.text_length], np.int32)
+    others = np.full_like(texts, -1)
     texts[: len(requests)] = [request.text for request in requests]
+    for row, request in enumerate(requests):
+      if request.other is not None:
+        others[row] = request.other
     places = np.full(size, self.batch_size, np.int32)
     places[: len(into)] = into
     params, cache = (self._model.generator_params,), self._model.cache
     try:
-      encoded = self._place.start(slots_lib.encode, params, (texts,), cache=cache, **self._statics)
+      encoded = self._place.start(
+        slots_lib.encode, params, (texts, others), cache=cache, **self._statics
+      )
     except Exception as error:  # Such as a batch that doesn't fit into memory.
       self._fail(requests, error)
       return
@@ -391,6 +419,7 @@ class ContinuousSampler:
           (self._model.tokenizer_params,),
           (places, np.resize(rows[chosen], size)),
           self._slots.tokens,
+          np.asarray(self._requests.kept)[places],
           tokenizer=self._model.tokenizer,
           grid=tuple(self._config.grid),
         )
@@ -471,6 +500,7 @@ class ContinuousSampler:
       image_index=np.full([1, 1], request.image_index, np.int32),
       weights=self._model.weights,
       cache=self._model.cache,
+      negative=request.negative,
     )
 
   def _taken(self) -> list[_Request]:

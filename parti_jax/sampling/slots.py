@@ -64,6 +64,7 @@ class Requests:
     greedy: whether to take the likeliest token instead of sampling.
     top_k: number of tokens to keep, 0 for all.
     top_p: probability to keep, 1 for all.
+    kept: tokens that are taken over instead of sampled; -1 where a token is sampled.
   """
 
   seed: UInt32[Array | np.ndarray, 'slots']
@@ -75,6 +76,7 @@ class Requests:
   greedy: Bool[Array | np.ndarray, 'slots']
   top_k: Int32[Array | np.ndarray, 'slots']
   top_p: Float32[Array | np.ndarray, 'slots']
+  kept: Int32[Array | np.ndarray, 'slots image_length']
 
   @classmethod
   def empty(cls, slots: int, length: int) -> Requests:
@@ -89,10 +91,16 @@ class Requests:
       greedy=np.ones(slots, bool),
       top_k=np.zeros(slots, np.int32),
       top_p=np.ones(slots, np.float32),
+      kept=np.full([slots, length], -1, np.int32),
     )
 
   def set(
-    self, slot: int, seed: int, image_index: int, settings: sampling_settings.SamplingSettings
+    self,
+    slot: int,
+    seed: int,
+    image_index: int,
+    settings: sampling_settings.SamplingSettings,
+    kept: Int32[np.ndarray, 'image_length'] | None = None,
   ) -> None:
     """Begins a picture in a slot; the fields must be NumPy arrays, which change in place."""
     scales, temperature, top_k, top_p = settings.arrays(self.guidance_scale.shape[1])
@@ -106,6 +114,7 @@ class Requests:
       'greedy': settings.greedy,
       'top_k': 0 if settings.greedy else top_k,
       'top_p': 1.0 if settings.greedy else top_p,
+      'kept': -1 if kept is None else kept,
     }
     for name, value in values.items():
       getattr(self, name)[slot] = value
@@ -130,9 +139,9 @@ def _constrained(slots: Slots) -> Slots:
   )
 
 
-def _init_state(config, params, texts, guided: bool, cache: str, length: int):
+def _init_state(config, params, texts, others, guided: bool, cache: str, length: int):
   """`decoding.init_state` for texts that become two rows each if guided."""
-  rows = decoding.with_and_without(config, texts) if guided else texts
+  rows = decoding.with_and_without(config, texts, others) if guided else texts
   return decoding.init_state(config, params, rows, length, cache)
 
 
@@ -154,7 +163,7 @@ def begin(
     guided: whether the batch can compute logits without text too.
     cache: how to hold keys and values, a name in `sampling_settings.CACHES`.
   """
-  state = _init_state(config, params, texts, guided, cache, config.image_length)
+  state = _init_state(config, params, texts, None, guided, cache, config.image_length)
   tokens = jnp.zeros((len(texts), config.image_length), jnp.int32)
   return _constrained(Slots(state, tokens))
 
@@ -163,6 +172,7 @@ def begin(
 def encode(
   params: dict[str, Any],
   texts: Int32[Array, 'texts text_length'],
+  others: Int32[Array, 'texts text_length'],
   *,
   config: generators.Config,
   guided: bool,
@@ -173,6 +183,7 @@ def encode(
   Args:
     params: the result of `parameters.for_sampling`.
     texts: tokens of the prompts, padded with 0.
+    others: those of guidance's other side; a row of -1 stands for the empty text.
     config: sizes of the generator.
     guided: an argument of `begin`.
     cache: an argument of `begin`.
@@ -181,7 +192,8 @@ def encode(
     Fields of the decoder's state: `DecoderState.of_texts`.
   """
   # The caches are left out: a single position makes them small, if the compiler keeps them at all.
-  return _init_state(config, params, texts, guided, cache, 1).of_texts
+  others = jnp.where(others < 0, generators.empty_text(config, texts), others)
+  return _init_state(config, params, texts, others, guided, cache, 1).of_texts
 
 
 @functools.partial(jax.jit, donate_argnames='slots')
@@ -239,6 +251,8 @@ def advance(
     position = requests.position + ahead
     logits = _guided(logits[:, 0], position, requests) if guided else logits[:, 0]
     token = choose(logits, keys, position, requests)
+    kept = jnp.take_along_axis(jnp.asarray(requests.kept), position[:, None], axis=1)[:, 0]
+    token = jnp.where(kept < 0, token, kept)
     return (token, decoding.in_cache_layout(state)), token
 
   carry = previous, slots.state.replace(position=rows)
@@ -318,11 +332,12 @@ def preview(
   places: Int32[Array, 'pictures'],
   rows: Int32[Array, 'pictures'],
   tokens: Int32[Array, 'slots image_length'],
+  kept: Int32[Array, 'pictures image_length'] | None = None,
   *,
   tokenizer: nn.Module,
   grid: tuple[int, int],
 ) -> UInt8[Array, 'pictures height width 3']:
-  """Decodes the first rows of pictures that are not complete yet.
+  """Decodes the first rows of pictures that are not complete yet, and the tokens that they keep.
 
   Decoders of image tokens need all of them, so the last row that is there stands for those below it,
   and what is decoded from these is blank.
@@ -332,15 +347,19 @@ def preview(
     places: the slots.
     rows: number of rows of tokens that are there, at least 1.
     tokens: the tokens of all slots.
+    kept: what `Requests.kept` has for these pictures; None if they keep nothing.
     tokenizer: the image tokenizer.
     grid: rows and columns of image tokens.
   """
   row = jnp.minimum(jnp.arange(grid[0]), rows[:, None] - 1)
   squares = tokens[places].reshape(-1, *grid)
   filled = jnp.take_along_axis(squares, row[:, :, None], axis=1).reshape(len(places), -1)
+  there = jnp.broadcast_to((jnp.arange(grid[0]) < rows[:, None])[:, :, None], squares.shape)
+  if kept is not None:
+    filled = jnp.where(kept < 0, filled, kept)
+    there |= (kept >= 0).reshape(squares.shape)
   filled = nn.with_logical_constraint(filled, ('activation_batch', None))
   apply: Callable[..., Any] = tokenizer.apply
   images = pixels.to_bytes(apply({'params': params}, filled, method='detokenize'))
-  line = jnp.arange(images.shape[1]) * grid[0] // images.shape[1]
-  there = line < rows[:, None]
-  return jnp.where(there[:, :, None, None], images, BLANK)
+  line, column = (jnp.arange(side) * count // side for side, count in zip(images.shape[1:3], grid))
+  return jnp.where(there[:, line][:, :, column, None], images, BLANK)

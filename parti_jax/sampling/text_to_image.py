@@ -1000,7 +1000,7 @@ class TextToImage:
     return texts
 
   def encode_negative(
-    self, negative: str, settings: sampling_settings.SamplingSettings
+    self, negative, settings: sampling_settings.SamplingSettings
   ) -> Int32[np.ndarray, 'text_length']:
     """Encodes the text of guidance's other side to text tokens.
 

@@ -1,4 +1,4 @@
-"""The HTTP server: OpenAI's images endpoint, with previews as server-sent events.
+"""The HTTP server: OpenAI's images endpoints, with previews as server-sent events.
 
 It serves no files. Whatever is wrong with a request, the answer is JSON with one line.
 """
@@ -37,12 +37,15 @@ from parti_jax.serving import image_requests
 from parti_jax.serving import image_service
 
 GENERATIONS = '/v1/images/generations'
+EDITS = '/v1/images/edits'
 # Seconds between two lines that keep a stream of events open.
 _QUIET_SECONDS = 15.0
 # Names of kinds of errors, as OpenAI has them.
 _KINDS = {404: 'not_found_error', 429: 'rate_limit_error', 500: 'server_error', 503: 'server_error'}
 _RETRY_SECONDS = 5
 _CONNECTION_BACKLOG = 1024
+# Fields of a form that aren't files.
+_MOST_FIELDS = 64
 # Seconds that sending an error may take.
 _ERROR_SECONDS = 5.0
 
@@ -62,6 +65,7 @@ def app(service: image_service.ImageService) -> applications.Starlette:
       routing.Route('/v1/models', handlers.models, methods=['GET']),
       routing.Route('/v1/models/{name:path}', handlers.model, methods=['GET']),
       routing.Route(GENERATIONS, handlers.generations, methods=['POST']),
+      routing.Route(EDITS, handlers.edits, methods=['POST']),
     ],
     exception_handlers={
       image_requests.RequestError: _refuse,
@@ -126,38 +130,83 @@ class _Handlers:
 
   async def generations(self, request: requests.Request) -> responses.Response:
     """Draws pictures for a prompt."""
-    kind = request.headers.get('content-type', '').partition(';')[0].strip().lower()
-    if kind != 'application/json':
-      raise image_requests.RequestError(
-        'the body must be JSON; send the header Content-Type: application/json', 415
-      )
+    _check_kind(request, 'application/json')
     limits = self._service.limits
-    asked = image_requests.parse(await _body(request, limits), self._service.offer, limits)
+    body = await _body(request, limits, limits.body)
+    return await self._answer(image_requests.parse(body, self._service.offer, limits))
+
+  async def edits(self, request: requests.Request) -> responses.Response:
+    """Draws parts of a picture anew."""
+    _check_kind(request, 'multipart/form-data')
+    limits = self._service.limits
+    texts, files = await _form(request, await _body(request, limits, limits.files))
+    return await self._answer(
+      await asyncio.to_thread(image_requests.parse_form, texts, files, self._service.offer, limits)
+    )
+
+  async def _answer(self, asked: image_requests.ImageRequest) -> responses.Response:
+    """Asks for the pictures of a request."""
     answer = _Stream(self._service, asked) if asked.stream else _Whole(self._service, asked)
-    answer.start()
+    if asked.edit is None:
+      answer.start()
+    else:  # The devices encode the picture first.
+      await asyncio.to_thread(answer.start)
     return answer
 
 
-async def _body(request: requests.Request, limits: image_requests.Limits) -> bytes:
+def _check_kind(request: requests.Request, kind: str) -> None:
+  if request.headers.get('content-type', '').partition(';')[0].strip().lower() != kind:
+    raise image_requests.RequestError(f'the body must be of the Content-Type {kind}', 415)
+
+
+async def _form(request: requests.Request, body: bytes) -> tuple[dict[str, str], dict[str, bytes]]:
+  """Returns the texts and the files of a form."""
+
+  async def replay() -> types.Message:
+    return {'type': 'http.request', 'body': body, 'more_body': False}
+
+  texts: dict[str, str] = {}
+  files: dict[str, bytes] = {}
+  try:
+    form = await requests.Request(request.scope, replay).form(
+      max_files=len(image_requests.FILES), max_fields=_MOST_FIELDS, max_part_size=len(body) + 1
+    )
+  except exceptions.HTTPException as error:
+    raise image_requests.RequestError(f'the form can not be read: {error.detail}') from None
+  async with contextlib.AsyncExitStack() as stack:
+    stack.push_async_callback(form.close)
+    for name, value in form.multi_items():
+      if name in texts or name in files:
+        raise image_requests.RequestError(
+          f'{checks.shown_as_json(name)} is there twice', field=name[:80]
+        )
+      if isinstance(value, str):
+        texts[name] = value
+      else:
+        files[name] = await value.read()
+  return texts, files
+
+
+async def _body(request: requests.Request, limits: image_requests.Limits, most: int) -> bytes:
   """Reads the body of a request, within limits of size and time."""
   too_long = image_requests.RequestError(
-    f'the body is longer than {limits.body:,} bytes', 413, code='body_too_long'
+    f'the body is longer than {most:,} bytes', 413, code='body_too_long'
   )
   length = request.headers.get('content-length', '0')
-  if not length.isdecimal() or int(length) > limits.body:
+  if not length.isdecimal() or int(length) > most:
     raise too_long
-  content = b''
+  content = bytearray()
   try:
     async with asyncio.timeout(limits.body_seconds):
       async for chunk in request.stream():
         content += chunk
-        if len(content) > limits.body:
+        if len(content) > most:
           raise too_long
   except TimeoutError:
     raise image_requests.RequestError(
       f'the body did not arrive within {limits.body_seconds:g} seconds', 408
     ) from None
-  return content
+  return bytes(content)
 
 
 class _Answer(responses.Response):

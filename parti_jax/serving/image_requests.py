@@ -1,4 +1,4 @@
-"""Reads and checks requests for pictures, in the form of OpenAI's images endpoint.
+"""Reads and checks requests for pictures, in the form of OpenAI's images endpoints.
 
 Fields that would change a picture there and can't here are refused rather than ignored.
 """
@@ -6,15 +6,21 @@ Fields that would change a picture there and can't here are refused rather than 
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import secrets
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
+from PIL import Image
+
 from parti_jax.core import checks
 from parti_jax.core.errors import UserError
+from parti_jax.data import image_decoding
+from parti_jax.data.undecodable import UndecodablePicture
 from parti_jax.exported_model import sampling_settings
+from parti_jax.sampling import editing
 
 # Fields of SamplingSettings that a request may have. Slots can't sample with the others.
 SAMPLING = (
@@ -33,10 +39,25 @@ _WITHOUT_EFFECT: dict[str, tuple[str, ...] | None] = {
   'quality': ('auto', 'standard'),
   'user': None,
 }
+# Fields that are JSON in a form, too.
+_NUMBERS = (
+  'guidance_scale',
+  'guidance_start',
+  'n',
+  'partial_images',
+  'rank',
+  'seed',
+  'stream',
+  'temperature',
+  'top_k',
+  'top_p',
+  'vary',
+)
 # Fields whose null means that they are absent.
 _FIELDS = (
   'model',
   'n',
+  'negative_prompt',
   'partial_images',
   'prompt',
   'rank',
@@ -47,6 +68,10 @@ _FIELDS = (
   *SAMPLING,
   *_WITHOUT_EFFECT,
 )
+
+# Fields of edits besides these, and the fields with files.
+_EDITING = ('keep', 'vary')
+FILES = ('image', 'mask')
 
 
 class RequestError(UserError):
@@ -74,7 +99,9 @@ class Limits:
   Attributes:
     images: number of pictures of a request.
     prompt: number of characters of a prompt.
-    body: number of bytes of a request.
+    body: number of bytes of a request without files.
+    files: number of bytes of a request with files.
+    pixels: number of pixels of a picture in a request.
     queue: number of pictures, of all clients, that wait for a slot.
     seconds: time from a request to its last picture.
     body_seconds: time that a client may take to send a request.
@@ -84,13 +111,15 @@ class Limits:
   images: int = 16
   prompt: int = 4000
   body: int = 1 << 16
+  files: int = 1 << 23
+  pixels: int = 1 << 24
   queue: int = 256
   seconds: float = 600.0
   body_seconds: float = 20.0
   connections: int = 1024
 
   def __post_init__(self):
-    for name in ('images', 'prompt', 'body', 'queue', 'connections'):
+    for name in ('images', 'prompt', 'body', 'files', 'pixels', 'queue', 'connections'):
       checks.count(name, getattr(self, name))
     for name in ('seconds', 'body_seconds'):
       if checks.number(name, getattr(self, name), 0) == 0:
@@ -104,12 +133,14 @@ class Offer:
   Attributes:
     model: its name.
     size: height and width of its pictures, in pixels.
+    grid: rows and columns of their image tokens.
     upscaled: those of its enlarged pictures; None if it has no super-resolution.
     ranked: whether it has a ranker.
   """
 
   model: str
   size: int
+  grid: tuple[int, int]
   upscaled: int | None
   ranked: bool
 
@@ -128,6 +159,8 @@ class ImageRequest:
       for none.
     stream: whether to answer with events.
     sampling: fields of SamplingSettings, without those that keep the default.
+    negative: the text on guidance's other side; None for the empty text.
+    edit: the picture to edit, and what to keep of it; None to draw all of the picture.
   """
 
   prompt: str
@@ -138,6 +171,8 @@ class ImageRequest:
   previews: int | None = 0
   stream: bool = False
   sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  negative: str | None = None
+  edit: editing.Edit | None = None
 
 
 def parse(body: bytes, offer: Offer, limits: Limits) -> ImageRequest:
@@ -154,22 +189,59 @@ def parse(body: bytes, offer: Offer, limits: Limits) -> ImageRequest:
   return checked(_object(body), offer, limits)
 
 
-def checked(fields: Mapping[str, Any], offer: Offer, limits: Limits) -> ImageRequest:
+def parse_form(
+  texts: Mapping[str, str], files: Mapping[str, bytes], offer: Offer, limits: Limits
+) -> ImageRequest:
+  """Reads the fields of a form, a request for edits.
+
+  Args:
+    texts: the fields that aren't files. Those that are neither text nor empty are JSON.
+    files: the files: 'image', and perhaps 'mask'.
+    offer: what the model can do.
+    limits: what a client may ask for.
+
+  Raises:
+    RequestError: if anything is wrong with it; the message names the field.
+  """
+  fields: dict[str, Any] = {}
+  for name, value in texts.items():
+    fields[name] = None if value == '' and name != 'prompt' else value
+    if name in _NUMBERS:
+      try:
+        fields[name] = json.loads(value or 'null')
+      except (ValueError, RecursionError):
+        pass  # What reads the field says what is wrong with it.
+  for name in files.keys() - set(FILES):
+    raise RequestError(f'{checks.shown_as_json(name)} is no file of an edit', field=name[:80])
+  if 'image' not in files:
+    raise RequestError('image is missing, the file of the picture to edit', field='image')
+  images = {name: _uploaded(name, data, limits) for name, data in files.items()}
+  return checked(fields, offer, limits, images)
+
+
+def checked(
+  fields: Mapping[str, Any],
+  offer: Offer,
+  limits: Limits,
+  images: Mapping[str, Image.Image] | None = None,
+) -> ImageRequest:
   """Checks the fields of a request.
 
   Args:
     fields: the fields, as in its JSON.
     offer: what the model can do.
     limits: what a client may ask for.
+    images: of a request for edits, 'image' and perhaps 'mask'; None for other requests.
 
   Raises:
     RequestError: if anything is wrong with them; the message names the field.
   """
-  unknown = sorted(fields.keys() - set(_FIELDS))
+  known = _FIELDS if images is None else (*_FIELDS, *_EDITING)
+  unknown = sorted(fields.keys() - set(known))
   if unknown:
     name = checks.shown_as_json(unknown[0])
     raise RequestError(
-      f'unknown field {name}; the fields are {", ".join(sorted(_FIELDS))}', field=unknown[0][:80]
+      f'unknown field {name}; the fields are {", ".join(sorted(known))}', field=unknown[0][:80]
     )
   fields = {name: value for name, value in fields.items() if value is not None}
   for name, allowed in _WITHOUT_EFFECT.items():
@@ -201,6 +273,8 @@ def checked(fields: Mapping[str, Any], offer: Offer, limits: Limits) -> ImageReq
     previews,
     stream,
     _sampling(fields),
+    _negative(fields, limits),
+    None if images is None else _edit(fields, images, offer),
   )
 
 
@@ -256,19 +330,63 @@ def _model(name: Any, offer: Offer) -> None:
 def _prompt(fields: Mapping[str, Any], limits: Limits) -> str:
   if 'prompt' not in fields:
     raise RequestError('prompt is missing; say what the picture should show', field='prompt')
-  prompt = _checked('prompt', checks.text, fields['prompt'])
-  if len(prompt) > limits.prompt:
-    raise RequestError(
-      f'prompt has {len(prompt):,} characters; at most {limits.prompt:,} are allowed',
-      field='prompt',
-    )
-  try:
-    checks.texts('prompt', prompt)
-  except UserError as error:
-    raise RequestError(str(error), field='prompt') from None
+  prompt = _text('prompt', fields['prompt'], limits)
   if not prompt.strip():
     raise RequestError('prompt is empty; say what the picture should show', field='prompt')
   return prompt
+
+
+def _negative(fields: Mapping[str, Any], limits: Limits) -> str | None:
+  """Returns the negative prompt; an empty one is none."""
+  negative = _text('negative_prompt', fields.get('negative_prompt', ''), limits)
+  return negative if negative.strip() else None
+
+
+def _text(name: str, value: Any, limits: Limits) -> str:
+  text = _checked(name, checks.text, value)
+  if len(text) > limits.prompt:
+    raise RequestError(
+      f'{name} has {len(text):,} characters; at most {limits.prompt:,} are allowed', field=name
+    )
+  try:
+    checks.texts(name, text)
+  except UserError as error:
+    raise RequestError(str(error), field=name) from None
+  return text
+
+
+def _uploaded(name: str, data: bytes, limits: Limits) -> Image.Image:
+  """Decodes a file that a client sent; what is transparent stays so."""
+  try:
+    header = image_decoding.header(data)
+    if header.width * header.height > limits.pixels:
+      raise RequestError(
+        f'{name} has {header.width}×{header.height} pixels, more than {limits.pixels:,}', field=name
+      )
+    whole, _ = image_decoding.decode_whole(data)  # Refuses what is damaged.
+    with Image.open(io.BytesIO(data), formats=image_decoding.FORMATS) as image:
+      transparent = _is_transparent(image)
+      return image.convert('RGBA') if transparent and image.size == whole.size else whole
+  except UndecodablePicture as error:
+    raise RequestError(f'{name}: {error}; send a PNG, JPEG, WebP or GIF', field=name) from None
+
+
+def _is_transparent(image: Image.Image) -> bool:
+  return image.mode in ('RGBA', 'LA', 'PA') or 'transparency' in image.info
+
+
+def _edit(
+  fields: Mapping[str, Any], images: Mapping[str, Image.Image], offer: Offer
+) -> editing.Edit | None:
+  """Returns what to keep of the picture of a request."""
+  image, mask = images['image'], images.get('mask')
+  keep, vary = fields.get('keep'), fields.get('vary')
+  if mask is None and keep is None and vary is None and _is_transparent(image):
+    mask = image
+  try:
+    return editing.edit(image, mask, keep, vary, offer.size, offer.grid)
+  except UserError as error:
+    raise RequestError(str(error), field='image') from None
 
 
 def _upscale(size: Any, offer: Offer) -> bool:

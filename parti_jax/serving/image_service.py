@@ -65,6 +65,7 @@ class ImageService:
     self.offer = image_requests.Offer(
       model.model_name,
       model.image_size,
+      tuple(model.config.grid),
       None if upscaler is None else model.image_size * upscaler.factor,
       model.ranker is not None,
     )
@@ -112,8 +113,9 @@ class ImageService:
     asked: list[_Future[text_to_image.Result]] = []
     answer: _Future[Any] = _Future()
     try:
+      kept, taken = self._kept(request)
       for index in range(request.num_images):
-        asked.append(self._ask(request, index, on_preview))
+        asked.append(self._ask(request, index, taken[index], on_preview))
     except UserError as error:
       for future in asked:
         future.cancel()
@@ -133,7 +135,7 @@ class ImageService:
         left -= 1
         if left:
           return
-      self._complete(request, asked, finish, answer)
+      self._complete(request, asked, kept, finish, answer)
 
     for future in asked:
       future.add_done_callback(note)
@@ -142,11 +144,13 @@ class ImageService:
   def warnings(self, request: image_requests.ImageRequest) -> list[str]:
     """Returns what the pictures leave out of the request: the end of a long prompt."""
     found = []
-    if cut := self.model.left_out(request.prompt):
-      found.append(
-        f'the prompt is longer than the {self.model.config.text_length} text tokens of the model; '
-        f'left out: {cut!r}'
-      )
+    texts = {'prompt': request.prompt, 'negative prompt': request.negative or ''}
+    for name, text in texts.items():
+      if cut := self.model.left_out(text):
+        found.append(
+          f'the {name} is longer than the {self.model.config.text_length} text tokens of the model; '
+          f'left out: {cut!r}'
+        )
     ranker = self.model.ranker if request.rank else None
     if ranker is not None and (cut := ranker.encode([request.prompt])[1][0]):
       found.append(f"the prompt is longer than the ranker's text; left out: {cut!r}")
@@ -195,26 +199,50 @@ class ImageService:
     self,
     request: image_requests.ImageRequest,
     index: int,
+    kept: np.ndarray | None,
     on_preview: Callable[[int, continuous.Preview], None] | None,
   ) -> _Future[text_to_image.Result]:
-    """Asks the sampler for one of the pictures."""
+    """Asks the sampler for one of the pictures, which takes these tokens over."""
     show = None
     if on_preview is not None and request.previews != 0:
       show = lambda preview: on_preview(index, preview)
     return self.sampler.submit(
-      request.prompt, request.seed, index, show, request.previews, **request.sampling
+      request.prompt,
+      request.seed,
+      index,
+      show,
+      request.previews,
+      request.negative,
+      kept,
+      **request.sampling,
     )
+
+  def _kept(
+    self, request: image_requests.ImageRequest
+  ) -> tuple[np.ndarray | None, Sequence[np.ndarray | None]]:
+    """Returns which tokens the pictures keep, and for each the tokens that it takes over.
+
+    The former is bool [1, num_images, image_length], and None without an edit; the latter are int32
+    [image_length].
+    """
+    if request.edit is None:
+      return None, [None] * request.num_images
+    index = np.arange(request.num_images, dtype=np.int32)[None]
+    kept = request.edit.kept_tokens(request.seed, index, self.model.config.image_length)
+    tokens = self.model.tokenize(request.edit.image[None])
+    return kept, list(np.where(kept[0], tokens, -1).astype(np.int32))
 
   def _complete(
     self,
     request: image_requests.ImageRequest,
     asked: Sequence[_Future[text_to_image.Result]],
+    kept: np.ndarray | None,
     finish: Callable[[text_to_image.Result], _Finished],
     answer: _Future[_Finished],
   ) -> None:
     """Finishes pictures that are sampled; called once no future of `asked` waits any more."""
     try:
-      self._finishing.submit(self._finish, request, asked, finish, answer)
+      self._finishing.submit(self._finish, request, asked, kept, finish, answer)
     except RuntimeError:  # The threads are gone: the service is closed.
       if answer.set_running_or_notify_cancel():
         answer.set_exception(_stopped())
@@ -223,6 +251,7 @@ class ImageService:
     self,
     request: image_requests.ImageRequest,
     asked: Sequence[_Future[text_to_image.Result]],
+    kept: np.ndarray | None,
     finish: Callable[[text_to_image.Result], _Finished],
     answer: _Future[_Finished],
   ) -> None:
@@ -230,6 +259,7 @@ class ImageService:
       return
     try:
       result = _joined([future.result() for future in asked])
+      result = dataclasses.replace(result, edit=request.edit, kept=kept)
       result = self.model.ranked(result) if request.rank else result
       result = self.model.upscaled(result) if request.upscale else result
       finished = finish(result)

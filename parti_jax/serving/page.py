@@ -28,6 +28,7 @@ from PIL import Image  # noqa: E402
 
 from parti_jax.core.errors import UserError  # noqa: E402
 from parti_jax.exported_model import sampling_settings  # noqa: E402
+from parti_jax.sampling import editing  # noqa: E402
 from parti_jax.sampling import text_to_image  # noqa: E402
 from parti_jax.serving import image_requests  # noqa: E402
 from parti_jax.serving import image_service  # noqa: E402
@@ -44,6 +45,14 @@ _DEFAULT_IMAGES = 4
 _MOST_GUIDANCE = 10.0
 _FONTS = ['system-ui', '-apple-system', 'Segoe UI', 'Roboto', 'sans-serif']
 _MONOSPACED = ['ui-monospace', 'Menlo', 'Consolas', 'monospace']
+
+# Color of the brush, and the longest side of the editor's canvas.
+_PAINT = '#e0218a'
+_CANVAS = 512
+# Mean difference of levels up to which the editor is taken to show a picture unchanged.
+_SAME = 2.0
+# What is drawn anew of a picture that is edited -> the field that says so.
+_WAYS = {'what I paint': 'mask', 'all but a side': 'keep', 'random parts': 'vary'}
 
 _CSS = """
 .gradio-container { width: 100%; max-width: 1180px !important; margin: 0 auto !important; }
@@ -79,10 +88,11 @@ input[type="range"]::-moz-range-thumb { border: 1px solid #8888; }
 @media (max-width: 700px) {  /* Pictures come before the settings. */
   #halves > .column { display: contents; }
   #halves > .column > * { flex: 1 1 100%; }
-  #settings { order: 1; }
+  #settings, #edit { order: 1; }
   #past { order: 2; }
 }
 """
+_SHOW_EDITOR = "() => document.querySelector('#edit').scrollIntoView({block: 'center'})"
 _EMPTY = '<div id="empty">Say what the picture should show, and press Draw.</div>'
 
 
@@ -98,11 +108,20 @@ class _Controls:
       autofocus=True,
       elem_id='prompt',
     )
+    self.negative = gr.Textbox(
+      label='Negative prompt',
+      placeholder='what the pictures should not show',
+      max_length=service.limits.prompt,
+      visible=service.sampler.settings.guided,
+      elem_id='negative',
+    )
     with gr.Row():
       self.go = gr.Button('Draw', variant='primary', scale=3, min_width=120, elem_id='draw')
       self.stop = gr.Button('Stop', scale=1, min_width=80, elem_id='stop')
     with gr.Column(elem_id='settings'):
       self._add_settings(service)
+      with gr.Accordion('Edit a picture', open=False, elem_id='edit') as self.edit:
+        self._add_editor()
 
   def _add_settings(self, service: image_service.ImageService) -> None:
     offer, defaults = service.offer, service.sampler.settings
@@ -158,11 +177,43 @@ class _Controls:
         0.01, 1, defaults.top_p, step=0.01, label='Top p', info='1 has no limit'
       )
 
+  def _add_editor(self) -> None:
+    self.source = gr.State(None, time_to_live=_FORGET[1])
+    self.editor = gr.ImageEditor(
+      show_label=False,
+      type='pil',
+      format='png',
+      image_mode='RGBA',
+      sources=('upload', 'clipboard'),
+      transforms=(),
+      layers=False,
+      brush=gr.Brush(default_size=40, colors=[_PAINT], default_color=_PAINT, color_mode='fixed'),
+      canvas_size=(_CANVAS, _CANVAS),
+      height=430,
+      buttons=[],
+      elem_id='editor',
+    )
+    self.way = gr.Radio(list(_WAYS.items()), value='mask', label='Draw anew', elem_id='way')
+    with gr.Row():
+      self.side = gr.Dropdown(
+        list(editing.SIDES), value='top', label='Side to keep', visible=False, min_width=120
+      )
+      self.share = gr.Slider(
+        0, 1, 0.5, step=0.05, label='Share', visible=False, min_width=120, elem_id='share'
+      )
+    self.clear = gr.Button('Edit nothing', size='sm', elem_id='clear')
+
+  @property
+  def edited(self) -> list[Any]:
+    """The components whose values say what to edit."""
+    return [self.source, self.editor, self.way, self.side, self.share]
+
   @property
   def inputs(self) -> list[Any]:
     """The components whose values describe a request."""
     return [
       self.prompt,
+      self.negative,
       self.num_images,
       self.seed,
       self.rank,
@@ -210,7 +261,9 @@ class Page:
             interactive=False,
             buttons=['download', 'fullscreen'],
             elem_id='pictures',
+            type='pil',
           )
+          self._take = gr.Button('Edit this picture', size='sm', visible=False, elem_id='take')
           self._status = gr.Markdown('', elem_id='status')
           with gr.Accordion('History', open=True, visible=False, elem_id='past') as self._past:
             gr.Markdown('Click a picture to see it again, with its settings.')
@@ -225,12 +278,13 @@ class Page:
               elem_id='history',
             )
       self._history = gr.State([], time_to_live=_FORGET[1])
+      self._selected = gr.State(0)
       self._connect()
 
   def _connect(self) -> None:
     """Says what happens when."""
     controls = self._controls
-    shown = [self._growing, self._pictures, self._status]
+    shown = [self._growing, self._pictures, self._take, self._selected, self._status]
     seeded = gr.on(
       [controls.go.click, controls.prompt.submit],
       lambda new, seed: secrets.randbits(32) if new else seed,
@@ -241,7 +295,7 @@ class Page:
     )
     drawing = seeded.then(
       self.draw,
-      [self._history, *controls.inputs],
+      [self._history, *controls.edited, *controls.inputs],
       [self._history, *shown],
       show_progress='hidden',
       concurrency_limit=_VISITORS,
@@ -255,9 +309,9 @@ class Page:
       api_visibility='private',
     )
     controls.stop.click(
-      lambda: (gr.skip(), gr.skip(), 'Stopped.'),
+      lambda: 'Stopped.',
       None,
-      shown,
+      self._status,
       cancels=[seeded, drawing],
       show_progress='hidden',
       api_visibility='private',
@@ -270,18 +324,55 @@ class Page:
       api_visibility='private',
     )
 
-  def draw(self, history: list[dict[str, Any]], *values: Any) -> Iterator[tuple[Any, ...]]:
+    self._connect_editor(shown)
+
+  def _connect_editor(self, shown: list[Any]) -> None:
+    """Says what happens when in the editor."""
+    controls = self._controls
+    quiet = {'show_progress': 'hidden', 'api_visibility': 'private'}
+    self._pictures.select(_index, None, self._selected, **quiet)
+    self._take.click(
+      _taken,
+      [self._pictures, self._selected],
+      [controls.source, controls.editor, controls.edit],
+      **quiet,
+    ).then(None, js=_SHOW_EDITOR, **quiet)
+    controls.clear.click(lambda: (None, None), None, [controls.source, controls.editor], **quiet)
+    controls.way.change(
+      lambda way: (gr.update(visible=way == 'keep'), gr.update(visible=way != 'mask')),
+      controls.way,
+      [controls.side, controls.share],
+      **quiet,
+    )
+
+  def draw(
+    self,
+    history: list[dict[str, Any]],
+    source: Image.Image | None,
+    editor: dict[str, Any] | None,
+    way: str,
+    side: str,
+    share: float,
+    *values: Any,
+  ) -> Iterator[tuple[Any, ...]]:
     """Draws what the controls say.
 
     Args:
       history: what was drawn before, newest first.
+      source: the picture that was last taken from the gallery into the editor, where it is enlarged.
+      editor: what the editor has: a background and layers of paint.
+      way: what is drawn anew, a value of `_WAYS`.
+      side: the side that is kept, for the way 'keep'.
+      share: the share that is kept, or drawn anew.
       *values: values of `_Controls.inputs`.
 
     Yields:
-      The history, and updates of the growing pictures, of the gallery and of the status.
+      The history, and updates of the growing pictures, the gallery, its button, the picture selected
+      there, and the status.
     """
     try:
-      request = self._request(*values)
+      images, more = _edited(source, editor, way, side, share)
+      request = self._request(images, more, *values)
       for state in progress_lib.follow(self._service, request):
         if state.result is not None:
           yield self._drawn(history, request, values, state.result)
@@ -295,6 +386,8 @@ class Page:
           gr.skip(),
           gr.update(value=_growing(state.images), visible=True),
           gr.update(visible=False),
+          gr.update(visible=False),
+          gr.skip(),
           status,
         )
     except UserError as error:
@@ -302,7 +395,10 @@ class Page:
 
   def _request(
     self,
+    images: dict[str, Image.Image] | None,
+    more: dict[str, Any],
     prompt: str,
+    negative: str,
     num_images: float,
     seed: float | None,
     rank: bool,
@@ -312,7 +408,22 @@ class Page:
     top_k: float,
     top_p: float,
   ) -> image_requests.ImageRequest:
-    """Returns the request of values of `_Controls.inputs`, checked like any other."""
+    """Returns the request of values of `_Controls.inputs`, checked like any other.
+
+    Args:
+      images: the pictures of an edit, if there is one.
+      more: its fields.
+      prompt: the prompt.
+      negative: the negative prompt.
+      num_images: number of pictures.
+      seed: the seed.
+      rank: whether to rank them.
+      upscale: whether to enlarge them.
+      guidance_scale: a field of SamplingSettings, as are the rest.
+      temperature: see there.
+      top_k: see there.
+      top_p: see there.
+    """
     sampling = {'temperature': temperature, 'top_k': int(top_k), 'top_p': top_p}
     if self._service.sampler.settings.guided:
       sampling['guidance_scale'] = guidance_scale
@@ -320,15 +431,18 @@ class Page:
     return image_requests.checked(
       {
         'prompt': prompt,
+        'negative_prompt': negative,
         'n': int(num_images),
         'seed': 0 if seed is None else int(seed),
         'rank': rank,
         'size': f'{size}x{size}',
         'stream': True,
         **sampling,
+        **more,
       },
       self._service.offer,
       self._service.limits,
+      images,
     )
 
   def _drawn(
@@ -370,11 +484,66 @@ class Page:
     raise gr.Error('This picture is no longer there.', print_exception=False)
 
 
-def _shown(entry: dict[str, Any]) -> tuple[Any, Any, Any]:
+def _index(chosen: gr.SelectData) -> int:
+  return chosen.index
+
+
+def _taken(pictures: Sequence[tuple[Image.Image, Any]] | None, selected: int) -> tuple[Any, ...]:
+  """Returns the chosen picture, updates that put it into the editor, and one that shows the editor."""
+  if not pictures:
+    return gr.skip(), gr.skip(), gr.skip()
+  source = pictures[min(selected, len(pictures) - 1)][0].convert('RGB')
+  content = {'background': _enlarged(source), 'layers': [], 'composite': None}
+  return source, content, gr.update(open=True)
+
+
+def _enlarged(source: Image.Image) -> Image.Image:
+  """Returns a picture in a size in which it can be painted on."""
+  times = max(1, _CANVAS // max(source.size))
+  return source.resize([times * side for side in source.size], Image.Resampling.BICUBIC)
+
+
+def _is_of(background: Image.Image, source: Image.Image | None) -> bool:
+  """Returns whether the editor shows this picture, and not one that was uploaded since."""
+  if source is None:
+    return False
+  large = _enlarged(source)
+  if large.size != background.size:
+    return False
+  here, there = (np.asarray(image.convert('RGB'), np.float32) for image in (background, large))
+  return float(np.abs(here - there).mean()) < _SAME
+
+
+def _edited(
+  source: Image.Image | None, editor: dict[str, Any] | None, way: str, side: str, share: float
+) -> tuple[dict[str, Image.Image] | None, dict[str, Any]]:
+  """Returns the pictures and the fields of an edit; None and no fields if nothing is edited."""
+  if not editor or editor.get('background') is None:
+    return None, {}
+  background = editor['background']
+  image = source if source is not None and _is_of(background, source) else background
+  if way != 'mask':
+    value = f'{side}:{share}' if way == 'keep' else share
+    return {'image': image.convert('RGB')}, {way: value}
+  painted = np.zeros(image.size[::-1], bool)
+  for layer in editor['layers']:
+    paint = layer.getchannel('A').resize(image.size, Image.Resampling.BOX)
+    painted |= np.asarray(paint) > 0
+  if not painted.any():
+    raise image_requests.RequestError(
+      'paint over what is to be drawn anew, choose another part, or edit nothing'
+    )
+  mask = Image.fromarray(painted.astype(np.uint8) * 255)
+  return {'image': image.convert('RGB'), 'mask': mask}, {}
+
+
+def _shown(entry: dict[str, Any]) -> tuple[Any, ...]:
   """Returns updates that show an entry of the history."""
   return (
     gr.update(visible=False),
     gr.update(value=entry['pictures'], visible=True, selected_index=None),
+    gr.update(visible=True),
+    0,
     entry['status'],
   )
 

@@ -444,3 +444,74 @@ def test_previews_end_with_a_cancelled_picture(model, without_thread):
   assert seen == [] and future.cancelled()
   with pytest.raises(UserError, match='previews=-1'):
     sampler.submit('blue ball', on_preview=seen.append, previews=-1)
+
+
+def kept_of(tokens, places):
+  """Tokens to take over: those of a picture at some places."""
+  return np.where(np.isin(np.arange(9), places), np.asarray(tokens).reshape(-1), -1)
+
+
+@pytest.mark.parametrize('places', [(), (0, 1), (4,), (3, 4, 5, 8), range(9)])
+def test_a_picture_that_keeps_its_own_tokens_stays(model, expected, without_thread, places):
+  sampler = continuous.ContinuousSampler(model, 3, 3)
+  joins = [
+    (at, prompt, how | ({'kept': kept_of(expected[row].tokens, places)} if row % 2 == 0 else {}))
+    for row, (at, prompt, how) in enumerate(JOINS)
+  ]
+  check_same(turns(sampler, joins), expected)
+
+
+def test_kept_tokens_are_taken_over_and_shape_what_follows(model, expected, without_thread):
+  sampler = continuous.ContinuousSampler(model, 2, 3)
+  how = JOINS[1][2]
+  kept = kept_of(expected[0].tokens, (0, 4, 7))
+  seen = []
+  (future,) = turns(sampler, [(0, JOINS[1][1], how | {'kept': kept, 'on_preview': seen.append})])
+  tokens = future.result(0).tokens[0, 0]
+  np.testing.assert_array_equal(tokens[kept >= 0], kept[kept >= 0])
+  free = np.flatnonzero(kept < 0)
+  assert (tokens[free] != expected[1].tokens[0, 0, free]).any()
+  # What was sampled is what keeping it as well would give.
+  (again,) = turns(
+    sampler, [(0, JOINS[1][1], how | {'kept': np.where(free[3] > np.arange(9), tokens, kept)})]
+  )
+  np.testing.assert_array_equal(again.result(0).tokens[0, 0], tokens)
+  # A preview shows kept tokens that are further down, too: those at row 1, column 1 and so on.
+  blank = (seen[0].image == slots.BLANK).all(axis=-1)
+  size = len(blank) // 3
+  for place in range(9):
+    part = blank[place // 3 * size :, place % 3 * size :][:size, :size]
+    assert part.all() == (place >= 3 and kept[place] < 0)
+  # The next picture in the slot keeps nothing.
+  check_same(turns(sampler, JOINS[:1]), expected[:1])
+
+
+@pytest.mark.parametrize(
+  'kept, message',
+  [
+    (np.zeros(8, np.int32), 'kept is int32 .8., expected int32 .9.'),
+    (np.zeros(9), 'kept is float64'),
+    (np.full(9, -2), 'neither -1 nor'),
+    (np.full(9, 12), 'neither -1 nor one of the 12 codes'),
+  ],
+)
+def test_tokens_that_cannot_be_kept(model, without_thread, kept, message):
+  sampler = continuous.ContinuousSampler(model, 1)
+  with pytest.raises(UserError, match=message):
+    sampler.submit('red apple', kept=kept)
+
+
+def test_a_negative_prompt_is_on_the_other_side_of_guidance(model, without_thread):
+  sampler = continuous.ContinuousSampler(model, 2, 3)
+  joins = [
+    (0, 'red apple', {'seed': 3, 'negative': 'blue ball', 'guidance_scale': 3.0}),
+    (1, 'red apple', {'seed': 3, 'guidance_scale': 3.0}),
+  ]
+  steered, plain = turns(sampler, joins)
+  wanted = model.generate('red apple', 1, seed=3, guidance_scale=3.0)
+  np.testing.assert_array_equal(plain.result(0).tokens, wanted.tokens)
+  assert not np.array_equal(steered.result(0).tokens, wanted.tokens)
+  with pytest.raises(UserError, match='negative is the other side of guidance'):
+    sampler.submit('red apple', negative='blue ball', guidance_scale=1.0)
+  with pytest.raises(UserError, match='negative=7'):
+    sampler.submit('red apple', negative=7)

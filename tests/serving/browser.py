@@ -84,6 +84,23 @@ def draw(found):
   found.wait_for_selector('#history img')
 
 
+def paint(found):
+  """Takes the first picture into the editor, and paints over some of it."""
+  found.click('#take')
+  found.wait_for_selector('#editor canvas')
+  found.wait_for_timeout(1500)  # The editor draws its canvas.
+  canvas = found.locator('#editor canvas').first
+  canvas.scroll_into_view_if_needed()
+  box = canvas.bounding_box()
+  across = lambda share: box['x'] + share * box['width']
+  down = lambda share: box['y'] + share * box['height']
+  found.mouse.move(across(0.45), down(0.45))
+  found.mouse.down()
+  found.mouse.move(across(0.55), down(0.55), steps=8)
+  found.mouse.up()
+  found.wait_for_timeout(1500)
+
+
 def _states(chromium, url, viewport):
   """Returns screenshots of the page before, during and after drawing."""
   taken = []

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 PATH = '/v1/images/generations'
+EDITS = '/v1/images/edits'
 
 
 class Client:
@@ -38,6 +39,27 @@ class Client:
     )
     assert headers['content-type'] == 'application/json'
     return status, json.loads(body)
+
+  def edit(self, files, **fields):
+    """Returns the status and the content of an answer to a form with files."""
+    mark = 'a-mark-that-no-file-has'
+    parts = [
+      (f'Content-Disposition: form-data; name="{name}"', str(value).encode())
+      for name, value in fields.items()
+    ] + [
+      (f'Content-Disposition: form-data; name="{name}"; filename="../../{name}.png"', data)
+      for name, data in files.items()
+    ]
+    body = b''.join(
+      f'--{mark}\r\n{header}\r\n\r\n'.encode() + data + b'\r\n' for header, data in parts
+    )
+    status, _, answer = self.request(
+      'POST',
+      EDITS,
+      body + f'--{mark}--\r\n'.encode(),
+      {'Content-Type': f'multipart/form-data; boundary={mark}'},
+    )
+    return status, json.loads(answer)
 
   def events(self, **fields):
     """Returns the events of a stream, which are (name, content)."""

@@ -4,6 +4,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import importlib.util
+import io
 import json
 import pathlib
 import signal
@@ -157,6 +158,68 @@ def test_what_a_prompt_is_too_long_for_is_said(running):
   of_model, of_ranker = content['warnings']
   assert 'longer than the 24 text tokens of the model; left out:' in of_model
   assert "the ranker's text" in of_ranker
+
+
+def test_a_negative_prompt_is_that_of_the_command(running, served_model, tmp_path):
+  server = running()
+  status, content = server.draw(
+    prompt='red apple', negative_prompt='blue ball', seed=2, n=2, guidance_scale=4
+  )
+  assert status == 200
+  result = served_model.generate('red apple', 2, seed=2, negative='blue ball', guidance_scale=4.0)
+  for column, picture in enumerate(content['data']):
+    check_picture(picture, result, column, tmp_path)
+  status, content = server.draw(prompt='red apple', negative_prompt='a', guidance_scale=1)
+  assert status == 400 and 'other side of guidance' in content['error']['message']
+
+
+def png_of(pixels):
+  content = io.BytesIO()
+  http_client.Image.fromarray(pixels).save(content, 'PNG')
+  return content.getvalue()
+
+
+@pytest.mark.parametrize('how', ['mask', 'keep', 'vary'])
+def test_edits_are_those_of_the_command(running, served_model, tmp_path, how):
+  server = running()
+  picture = served_model.generate('blue ball', 1, seed=1).images[0, 0]
+  files, fields, arguments = {'image': png_of(picture)}, {}, {}
+  if how == 'mask':
+    mask = np.zeros([16, 16], np.uint8)
+    mask[4:12, 4:8] = 255
+    files['mask'], arguments['mask'] = png_of(mask), mask
+  else:
+    fields[how] = arguments[how] = {'keep': 'left:0.5', 'vary': 0.5}[how]
+  status, content = server.edit(files, prompt='red apple', n=3, seed=5, **fields)
+  assert status == 200
+  result = served_model.generate('red apple', 3, seed=5, image=picture, **arguments)
+  assert result.kept.any() and not result.kept.all()
+  for column, drawn in enumerate(content['data']):
+    check_picture(drawn, result, column, tmp_path)
+
+
+def test_edits_that_are_refused(running):
+  server = running(files=5000)
+  picture = png_of(np.zeros([16, 16, 3], np.uint8))
+  for files, fields, status, message in (
+    ({'image': picture}, {'prompt': 'a'}, 400, 'image needs one of mask'),
+    ({}, {'prompt': 'a', 'keep': 'top:0.5'}, 400, 'image is missing'),
+    ({'image': picture, 'mask': b'?'}, {'prompt': 'a'}, 400, 'mask: unknown picture format'),
+    ({'image': picture, 'other': picture}, {'prompt': 'a'}, 400, 'no file of an edit'),
+    ({'image': picture, 'mask': picture, 'c': picture}, {'prompt': 'a'}, 400, 'form'),
+    ({'image': b'x' * 5000}, {'prompt': 'a'}, 413, 'longer than 5,000 bytes'),
+    ({'image': picture}, {f'a{n}': 1 for n in range(70)}, 400, 'form'),
+  ):
+    found, content = server.edit(files, **fields)
+    assert found == status and message in content['error']['message'], content
+  for kind, body in (('multipart/form-data', b'x'), ('multipart/form-data; boundary=a', b'x')):
+    status, _, answer = server.request('POST', http_client.EDITS, body, {'Content-Type': kind})
+    assert status == 400 and len(json.loads(answer)['error']['message'].splitlines()) == 1
+  status, _, _ = server.request(
+    'POST', http_client.EDITS, '{}', {'Content-Type': 'application/json'}
+  )
+  assert status == 415
+  assert server.draw(prompt='red apple')[0] == 200
 
 
 def test_the_model_and_its_health_are_told(running, gate):

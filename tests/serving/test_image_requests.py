@@ -1,15 +1,18 @@
 """What a request may say, and what is refused."""
 
+import io
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from parti_jax.core.errors import UserError
 from parti_jax.serving import image_requests
 
 LIMITS = image_requests.Limits(images=4, prompt=40)
-PLAIN = image_requests.Offer('tiny', 64, None, False)
-RICH = image_requests.Offer('tiny', 64, 256, True)
+PLAIN = image_requests.Offer('tiny', 64, (8, 8), None, False)
+RICH = image_requests.Offer('tiny', 64, (8, 8), 256, True)
 
 
 def parse(offer=RICH, **fields):
@@ -44,6 +47,7 @@ def test_every_field_is_read():
     temperature=0.5,
     top_k=3,
     top_p=0.9,
+    negative_prompt='pear',
   )
   assert found == image_requests.ImageRequest(
     ' red apple ',
@@ -61,6 +65,7 @@ def test_every_field_is_read():
       'top_k': 3,
       'top_p': 0.9,
     },
+    'pear',
   )
 
 
@@ -84,6 +89,9 @@ def test_a_stream_previews_every_row_unless_told_otherwise():
     ({'prompt': ' \n'}, 'prompt is empty'),
     ({'prompt': 'x' * 41}, 'prompt has 41 characters; at most 40'),
     ({'prompt': '\ud800'}, 'characters that are not Unicode'),
+    ({'negative_prompt': 7}, 'negative_prompt=7 must be a string'),
+    ({'negative_prompt': 'x' * 41}, 'negative_prompt has 41 characters'),
+    ({'keep': 'top:0.5'}, "unknown field 'keep'"),
     ({'n': 0}, 'n=0 must be a whole number from 1 to 4'),
     ({'n': 5}, 'n=5 must be'),
     ({'n': 1.5}, 'n=1.5 must be'),
@@ -164,3 +172,72 @@ def test_bodies_that_are_no_request(body):
 def test_limits_that_cannot_be(limits):
   with pytest.raises(UserError, match=next(iter(limits))):
     image_requests.Limits(**limits)
+
+
+def file_of(pixels, mode='RGB', kind='PNG'):
+  content = io.BytesIO()
+  Image.fromarray(np.asarray(pixels, np.uint8)).convert(mode).save(content, kind)
+  return content.getvalue()
+
+
+PICTURE = file_of(np.random.default_rng(0).integers(0, 256, (64, 64, 3)))
+
+
+def parse_form(image=PICTURE, mask=None, **texts):
+  files = {name: data for name, data in (('image', image), ('mask', mask)) if data is not None}
+  return image_requests.parse_form({'prompt': 'red apple'} | texts, files, RICH, LIMITS)
+
+
+def test_a_form_is_read_like_json():
+  found = parse_form(
+    keep='top:0.5', n='3', seed='7', temperature='0.5', rank='true', stream='true', size='', user=''
+  )
+  assert (found.num_images, found.seed, found.rank, found.stream) == (3, 7, True, True)
+  assert found.sampling == {'temperature': 0.5} and found.previews is None and not found.upscale
+  assert found.edit.how == 'keep=top:0.5' and found.edit.kept[:4].all()
+  assert not found.edit.kept[4:].any()
+  np.testing.assert_array_equal(found.edit.image, np.asarray(Image.open(io.BytesIO(PICTURE))))
+  assert parse_form(vary='0.25').edit.vary == 0.25
+
+
+def test_what_a_mask_marks_is_drawn_anew():
+  marked = np.zeros([64, 64], np.uint8)
+  marked[8:16, 16:32] = 255
+  kept = np.ones([8, 8], bool)
+  kept[1, 2:4] = False
+  white = file_of(marked)
+  np.testing.assert_array_equal(parse_form(mask=white).edit.kept, kept)
+  # As OpenAI's masks are, and as a picture may be without a mask.
+  pixels = np.dstack([np.full([64, 64, 3], 99), 255 - marked])
+  content = io.BytesIO()
+  Image.fromarray(pixels.astype(np.uint8), 'RGBA').save(content, 'PNG')
+  transparent = content.getvalue()
+  np.testing.assert_array_equal(parse_form(mask=transparent).edit.kept, kept)
+  np.testing.assert_array_equal(parse_form(image=transparent).edit.kept, kept)
+
+
+@pytest.mark.parametrize(
+  'form, field, message',
+  [
+    ({}, 'image', 'image needs one of mask'),
+    ({'image': None}, 'image', 'image is missing'),
+    ({'image': b''}, 'image', 'no picture'),
+    ({'image': b'/etc/passwd'}, 'image', 'unknown picture format; send a PNG'),
+    ({'image': PICTURE[:200], 'keep': 'top:0.5'}, 'image', 'damaged'),
+    ({'image': file_of(np.zeros([3000, 6000, 3])), 'vary': '1'}, 'image', '6000×3000 pixels, more'),
+    ({'mask': b'x'}, 'mask', 'mask: unknown picture format'),
+    ({'mask': file_of(np.zeros([64, 64]))}, 'image', 'marks nothing'),
+    ({'mask': file_of(np.zeros([32, 32]))}, 'image', 'must have the same size'),
+    ({'keep': 'middle:0.5'}, 'image', 'keep='),
+    ({'keep': 'top:0.5', 'vary': '0.5'}, 'image', 'keep, vary given'),
+    ({'vary': 'much'}, 'image', "vary='much'"),
+    ({'keep': 'top:0.5', 'n': 'three'}, 'n', "n='three' must be a whole number"),
+    ({'keep': 'top:0.5', 'prompt': ''}, 'prompt', 'prompt is empty'),
+    ({'keep': 'top:0.5', 'path': '/etc/passwd'}, 'path', "unknown field 'path'"),
+  ],
+)
+def test_edits_that_are_refused(form, field, message):
+  with pytest.raises(image_requests.RequestError, match=message) as caught:
+    parse_form(**form)
+  assert caught.value.field == field and caught.value.status == 400
+  assert len(str(caught.value).splitlines()) == 1

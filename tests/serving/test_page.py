@@ -31,8 +31,11 @@ _SPEC = importlib.util.spec_from_file_location(
 browser = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(browser)
 
-# Values of the controls: prompt, pictures, seed, ranked, enlarged, guidance, temperature, top k, top p.
-VALUES = ('red apple', 2, 7, False, False, 3.0, 0.8, 9, 0.9)
+# Values of the controls: prompt, negative prompt, pictures, seed, ranked, enlarged, guidance,
+# temperature, top k, top p.
+VALUES = ('red apple', '', 2, 7, False, False, 3.0, 0.8, 9, 0.9)
+# Those of the editor without a picture: source, content, way, side, share.
+NOTHING = (None, {'background': None, 'layers': [], 'composite': None}, 'mask', 'top', 0.5)
 
 
 def free_port():
@@ -48,8 +51,9 @@ def url(service_of):
 
 def test_drawing_shows_rows_then_pictures_and_remembers_them(service_of, served_model):
   page = page_lib.Page(service_of())
-  *growing, (history, hidden, gallery, status) = page.draw([], *VALUES)
-  assert growing and all('<figure' in update['value'] for _, update, _, _ in growing)
+  *growing, (history, hidden, gallery, button, _, status) = page.draw([], *NOTHING, *VALUES)
+  assert growing and all('<figure' in update['value'] for _, update, *_ in growing)
+  assert button['visible'] is True
   assert hidden['visible'] is False and gallery['visible'] is True
   assert status == '“red apple”, seed 7'
   wanted = served_model.generate(
@@ -58,12 +62,14 @@ def test_drawing_shows_rows_then_pictures_and_remembers_them(service_of, served_
   for column, picture in enumerate(gallery['value']):
     assert np.abs(np.asarray(picture).astype(int) - wanted.images[0, column]).max() <= 1
     assert picture.text == wanted.metadata(0, column) | {'software': picture.text['software']}
-  *_, (history, _, gallery, _) = page.draw(history, 'blue ball', 3, 1, True, True, *VALUES[5:])
+  *_, (history, _, gallery, *_) = page.draw(
+    history, *NOTHING, 'blue ball', '', 3, 1, True, True, *VALUES[6:]
+  )
   assert [len(entry['pictures']) for entry in history] == [3, 2]
   assert np.asarray(gallery['value'][0]).shape == (32, 32, 3)
   # The fourth picture of the history is the first one of the first drawing.
   event = gr.SelectData(None, {'index': 3, 'value': None})
-  *values, new_seed, _, gallery, status = page._restored(history, event)
+  *values, new_seed, _, gallery, _, _, status = page._restored(history, event)
   assert tuple(values) == VALUES and new_seed is False
   assert gallery['value'] == history[1]['pictures'] and 'red apple' in status
 
@@ -72,28 +78,29 @@ def test_the_history_is_bounded(service_of, monkeypatch):
   monkeypatch.setattr(page_lib, '_MOST_REMEMBERED', 5)
   page, history = page_lib.Page(service_of()), []
   for seed in range(4):
-    *_, (history, _, _, _) = page.draw(history, 'red apple', 2, seed, *VALUES[3:])
-  assert [entry['values'][2] for entry in history] == [3, 2]
+    *_, (history, *_) = page.draw(history, *NOTHING, 'red apple', '', 2, seed, *VALUES[4:])
+  assert [entry['values'][3] for entry in history] == [3, 2]
 
 
 @pytest.mark.parametrize(
   'values, message',
   [
-    ((' ', 2, 7), 'prompt is empty'),
-    (('a', 99, 7), 'n=99 must be a whole number from 1 to 4'),
-    (('a', 2, -1), 'seed=-1'),
-    (('x' * 4001, 2, 0), '4,001 characters'),
+    ((' ', '', 2, 7), 'prompt is empty'),
+    (('a', '', 99, 7), 'n=99 must be a whole number from 1 to 4'),
+    (('a', '', 2, -1), 'seed=-1'),
+    (('x' * 4001, '', 2, 0), '4,001 characters'),
   ],
 )
 def test_bad_values_are_said_on_the_page(service_of, values, message):
   page = page_lib.Page(service_of())
   with pytest.raises(gr.Error, match=message):
-    list(page.draw([], *values, *VALUES[3:]))
+    list(page.draw([], *NOTHING, *values, *VALUES[4:]))
 
 
 def test_prompts_are_text_and_nothing_else(service_of):
   page = page_lib.Page(service_of())
-  *_, (_, _, _, status) = page.draw([], '<img src=x onerror=alert(1)> **a** [b](c)', 1, *VALUES[2:])
+  text = '<img src=x onerror=alert(1)> **a** [b](c)'
+  *_, (*_, status) = page.draw([], *NOTHING, text, '', 1, *VALUES[3:])
   assert not set('<>*[]()') & set(status)
 
 
@@ -104,6 +111,65 @@ def test_what_the_model_lacks_is_not_on_the_page(service_of, served_model, monke
   monkeypatch.setattr(served_model, 'upscaler', None)
   poor = page_lib.Page(service_of())._controls
   assert not poor.rank.visible and not poor.upscale.visible
+
+
+def test_a_negative_prompt_is_drawn_with(service_of, served_model):
+  page = page_lib.Page(service_of())
+  *_, (_, _, gallery, *_) = page.draw([], *NOTHING, 'red apple', 'blue ball', *VALUES[2:])
+  wanted = served_model.generate(
+    'red apple', 2, 7, negative='blue ball', guidance_scale=3.0, temperature=0.8, top_k=9, top_p=0.9
+  )
+  for column, picture in enumerate(gallery['value']):
+    assert np.abs(np.asarray(picture).astype(int) - wanted.images[0, column]).max() <= 1
+    assert picture.text['negative'] == 'blue ball'
+
+
+@pytest.mark.parametrize(
+  'way, edit', [('mask', 'mask'), ('keep', 'keep=left:0.25'), ('vary', 'vary=0.25')]
+)
+def test_a_picture_of_the_gallery_is_edited(service_of, served_model, way, edit):
+  page = page_lib.Page(service_of())
+  *_, (history, _, gallery, *_) = page.draw([], *NOTHING, *VALUES)
+  pictures = [(picture, None) for picture in gallery['value']]
+  source, editor, accordion = page_lib._taken(pictures, 1)
+  np.testing.assert_array_equal(source, pictures[1][0])
+  assert accordion['open'] is True
+  assert editor['background'].size == (512, 512)
+  # As the editor gives it back, with paint over the second and third patch of the second row.
+  paint = np.zeros([512, 512, 4], np.uint8)
+  paint[140:250, 140:380] = 255
+  editor |= {'layers': [Image.fromarray(paint, 'RGBA')]}
+  *_, (_, _, gallery, *_) = page.draw(
+    history, source, editor, way, 'left', 0.25, 'blue ball', '', 2, 9, *VALUES[4:]
+  )
+  mask = np.zeros([16, 16], bool)
+  mask[4:8, 4:12] = True
+  how = {'mask': {'mask': mask}, 'keep': {'keep': 'left:0.25'}, 'vary': {'vary': 0.25}}[way]
+  wanted = served_model.generate(
+    'blue ball', 2, 9, image=source, guidance_scale=3.0, temperature=0.8, top_k=9, top_p=0.9, **how
+  )
+  for column, picture in enumerate(gallery['value']):
+    assert np.abs(np.asarray(picture).astype(int) - wanted.images[0, column]).max() <= 1
+    assert picture.text == wanted.metadata(0, column) | {'software': picture.text['software']}
+    assert picture.text['edit'] == edit
+
+
+def test_a_picture_that_is_uploaded_takes_the_place_of_one_of_the_gallery(service_of):
+  source = Image.new('RGB', (16, 16), 'red')
+  shown = Image.new('RGBA', (512, 512), 'red')
+  uploaded = Image.new('RGBA', (512, 512), 'blue')
+  editor = lambda background: {'background': background, 'layers': []}
+  images, more = page_lib._edited(source, editor(shown), 'keep', 'left', 0.5)
+  assert images['image'].size == (16, 16) and more == {'keep': 'left:0.5'}
+  images, _ = page_lib._edited(source, editor(uploaded), 'vary', 'left', 0.5)
+  assert images['image'].size == (512, 512) and images['image'].getpixel((0, 0)) == (0, 0, 255)
+
+
+def test_an_edit_needs_paint(service_of):
+  page = page_lib.Page(service_of())
+  editor = {'background': Image.new('RGBA', (32, 32)), 'layers': [Image.new('RGBA', (32, 32))]}
+  with pytest.raises(gr.Error, match='paint over what is to be drawn anew'):
+    list(page.draw([], None, editor, 'mask', 'top', 0.5, *VALUES))
 
 
 def _status(url):
@@ -273,6 +339,27 @@ def test_in_a_browser_the_history_brings_settings_back(chromium, url):
     found.fill('#prompt textarea', ' ')
     found.click('#draw')
     found.wait_for_selector('text=prompt is empty')
+
+
+@pytest.mark.browser
+def test_in_a_browser_a_brush_says_what_to_draw_anew(chromium, url, served_model):
+  with browser.page(chromium, url) as found:
+    browser.ask(found, 'red apple', 7)
+    browser.draw(found)
+    browser.paint(found)
+    browser.ask(found, 'blue ball', 8)
+    found.click('#draw')
+    found.wait_for_function("document.querySelector('#status').innerText.includes('blue ball')")
+    source = found.get_attribute('#pictures img', 'src')
+    with Image.open(io.BytesIO(urllib.request.urlopen(source, timeout=60).read())) as picture:
+      picture.load()
+  assert picture.text['edit'] == 'mask'
+  kept = np.unpackbits(np.frombuffer(bytes.fromhex(picture.text['kept_tokens']), np.uint8)) > 0
+  before = served_model.generate('red apple', 1, seed=7)
+  mask = np.repeat(np.repeat(~kept[:16].reshape(4, 4), 4, axis=0), 4, axis=1)
+  assert 1 <= (~kept[:16]).sum() < 16
+  wanted = served_model.generate('blue ball', 1, seed=8, image=before.images[0, 0], mask=mask)
+  assert np.abs(np.asarray(picture).astype(int) - wanted.images[0, 0]).max() <= 1
 
 
 @pytest.mark.browser
