@@ -16,17 +16,20 @@ from parti_jax.core import gin_config
 from parti_jax.core.errors import UserError
 from parti_jax.data import datasets  # noqa: F401
 from parti_jax.exported_model import model_folder
+from parti_jax.models import generators
 from parti_jax.models import image_tokenizers
 from parti_jax.models import rankers
 from parti_jax.models import text_encoders
 from parti_jax.models import upscalers
+from parti_jax.sampling import continuous
+from parti_jax.sampling import text_to_image
 from parti_jax.training import configurables  # noqa: F401
 from parti_jax.training import train_loop  # noqa: F401
 from parti_jax.training.objectives import frozen_tokenizer
 
 PAGE = pathlib.Path(__file__).parents[1] / 'docs' / 'new_part.md'
-MODULES = ('palette', 'small_parts')
-KINDS = {'palette', 'words', 'colors', 'repeat'}
+MODULES = ('palette', 'small_parts', 'bag')
+KINDS = {'palette', 'words', 'colors', 'repeat', 'bag'}
 COUNT = 12
 # Command -> flags that make it quick.
 QUICK = {
@@ -50,7 +53,7 @@ def palette(tmp_path, monkeypatch):
   yield tmp_path
   for name in MODULES:
     sys.modules.pop(name, None)
-  for registry in (image_tokenizers, rankers, text_encoders, upscalers):
+  for registry in (generators, image_tokenizers, rankers, text_encoders, upscalers):
     for name in set(registry.KINDS) & KINDS:
       registry.KINDS.remove(name)
   gin_config.parse([], [])
@@ -113,10 +116,33 @@ def test_the_pages_parts_go_through_all_commands(palette, capsys):
   _run('evaluate', *both, '--model=runs/model_of_words', '--dataset=coco', *pictures)
   report = json.loads((palette / 'runs' / 'report' / 'report.json').read_text())
   assert report['captions'] == COUNT and report['skipped'] == {}
+  both = ['--import=palette', '--import=small_parts', '--import=bag']
+  pictures = ['--annotations=pictures/coco.json', '--pictures=pictures', '--output_dir=runs/others']
+  _run('evaluate', *both, '--model=runs/model_of_bags', '--dataset=coco', *pictures)
+  report = json.loads((palette / 'runs' / 'others' / 'report.json').read_text())
+  assert report['captions'] == COUNT and report['skipped'] == {}
+  config = json.loads((palette / 'runs' / 'model_of_bags' / 'config.json').read_text())
+  assert config['generator']['kind'] == 'bag'
+  _check_ways_of_sampling(text_to_image.load(palette / 'runs' / 'model_of_bags'))
   capsys.readouterr()
-  for folder in ('palette', 'model', 'model_of_words'):
+  for folder in ('palette', 'model', 'model_of_words', 'model_of_bags'):
     _run('info', f'runs/{folder}')
     assert '16×16 pixels' in capsys.readouterr().out
+
+
+def _check_ways_of_sampling(model):
+  """Checks that all ways of sampling give the same pictures of a text."""
+  greedy = {'num_images': 1, 'temperature': 0.0}
+  plain = model.generate(['a red square', 'square number 3'], **greedy)
+  for settings in (
+    {'exit_threshold': 0.999999, 'guidance_skip_threshold': 1.0},
+    {'speculative_window': 4},
+  ):
+    other = model.generate(['a red square', 'square number 3'], **greedy, **settings)
+    np.testing.assert_array_equal(other.tokens, plain.tokens)
+  with continuous.ContinuousSampler(model, batch_size=2) as sampler:
+    other = sampler.submit('square number 3', temperature=0.0).result()
+  np.testing.assert_array_equal(other.tokens[0], plain.tokens[1])
 
 
 def test_an_unknown_kind_is_named_with_what_makes_it_known(palette, capsys):
