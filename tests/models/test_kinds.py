@@ -11,6 +11,7 @@ from parti_jax.checkpoints import run_checkpoints
 from parti_jax.core import fingerprints
 from parti_jax.core.errors import UserError
 from parti_jax.exported_model import model_config
+from parti_jax.models import generators
 from parti_jax.models import image_tokenizers
 from parti_jax.models import parti_config
 from parti_jax.models import rankers
@@ -22,7 +23,7 @@ from parti_jax.sampling import upscaling
 from parti_jax.training.objectives import super_resolution_objective
 from parti_jax.training.objectives import tokenizer_objective
 
-REGISTRIES = [image_tokenizers, rankers, text_encoders, upscalers]
+REGISTRIES = [generators, image_tokenizers, rankers, text_encoders, upscalers]
 WORDS = ('text_vocabulary', 'text_length', 'layers', 'width')
 
 
