@@ -32,6 +32,7 @@ import tqdm
 
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
+from parti_jax.evaluation import class_samples
 from parti_jax.evaluation import feature_blocks
 from parti_jax.evaluation import measurement
 from parti_jax.evaluation import output_folder
@@ -461,16 +462,16 @@ def skipped(place: str, found: Facts) -> list[str]:
 
 
 def _drawn_with(place: str) -> dict[str, Any]:
-  """Returns the settings of the command that drew the samples, if its run.json lies beside them."""
+  """Returns the settings of `parti-jax evaluate --dataset=imagenet`, if it wrote the samples."""
   path = pathlib.Path(place)
-  for folder in (path if path.is_dir() else path.parent, path.parent):
-    try:
-      found = storage.read_json(folder / output_folder.RUN_FILE)
-    except (OSError, ValueError):
-      continue
-    if isinstance(found, dict):
-      return {'drawn_with': found}
-  return {}
+  if path.name not in (class_samples.NPZ_FILE, class_samples.PNG_FOLDER):
+    return {}
+  try:
+    found = storage.read_json(path.parent / output_folder.RUN_FILE)
+  except (OSError, ValueError):
+    return {}
+  drawn = isinstance(found, dict) and {'model', 'seed', 'sampling'} <= found.keys()
+  return {'drawn_with': found} if drawn else {}
 
 
 def statistics_file(store: feature_blocks.Store, place: str) -> bytes:

@@ -292,7 +292,9 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     images = draw.integers(0, 200, (40, 16, 16, 3)) + shift
     np.savez(f'{name}.npz', arr_0=images.astype(np.uint8))
   np.savez('large.npz', arr_0=np.zeros((5, 9, 9, 3), np.uint8))
-  (tmp_path / 'run.json').write_text(json.dumps({'seed': 3, 'sampling': {'guidance_scale': 2}}))
+  (tmp_path / 'run.json').write_text(
+    json.dumps({'model': 'a', 'seed': 3, 'sampling': {'guidance_scale': 2}})
+  )
   command = ['evaluate_samples', 'samples.npz', '--reference=reference.npz', '--output_dir=out']
   assert main.main([*command, '--worker=0/2']) == 0
   assert 'left to other workers' in capsys.readouterr().out
@@ -300,6 +302,9 @@ def test_the_command(tmp_path, capsys, monkeypatch):
   found = measurement.read('out/measurement.json')
   assert found.values['frechet_distance'].value > 0 and 'fid' not in found.values
   assert found.subject['drawn_with']['sampling'] == {'guidance_scale': 2}
+  (tmp_path / 'run.json').write_text(json.dumps({'seed': 3}))
+  assert main.main([*command, '--statistics=own.npz']) == 0
+  assert 'drawn_with' not in measurement.read('out/measurement.json').subject
   assert np.load('own.npz')['sigma'].shape == (128, 128)
   assert main.main(['evaluate_samples', 'reference.npz', *command[2:]]) == 2
   assert 'holds pictures of another run, with samples' in capsys.readouterr().err
