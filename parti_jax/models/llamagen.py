@@ -237,8 +237,9 @@ class ImageDecoder(nn.Module):
     self, previous: Int[Array, 'batch length'], state: transformer.DecoderState
   ) -> tuple[Float[Array, 'batch length codebook'], transformer.DecoderState]:
     """Computes the logits of the next positions; as `generators.Decoder` describes it."""
-    x, state = self.decoder(self.next_inputs(previous, state), state=state)
-    return self.logits_from(x), state
+    x, after = self.decoder(self.next_inputs(previous, state), state=state)
+    assert after is not None
+    return self.logits_from(x), after
 
   def look_ahead(
     self, previous: Int[Array, 'batch length'], state: transformer.DecoderState
@@ -437,8 +438,8 @@ def empty_text(config: LlamaGenConfig, text_tokens: TextTokens) -> TextTokens:
     config: sizes of the network.
     text_tokens: the texts that it goes with. With `guidance_slots` 'text' it has as many tokens.
   """
-  if config.text_encoder is None:
-    return jnp.full_like(text_tokens, config.classes)
+  if config.text_encoder is None:  # The number after the last class.
+    return jnp.full_like(text_tokens, config.text_vocabulary - 1)
   if config.guidance_slots == 'all':
     return jnp.full_like(text_tokens, NO_TEXT_ID)
   mask = text_encoders.text_mask(config, text_tokens)[:, 0, 0]

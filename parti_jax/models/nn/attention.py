@@ -732,10 +732,11 @@ class PatternedSelfAttention(_SelfProjections):
   ) -> Float[Array, 'batch length embed']:
     prefix = mask.shape[-1]
     query, *shared = self.project(x, -prefix)
-    parts = query, *(for_each_head(part, self.heads) for part in shared)
-    first = attend(*(part[:, :prefix] for part in parts), prefix_mask(mask))
+    key, value = (for_each_head(part, self.heads) for part in shared)
+    within = prefix_mask(mask)
+    first = attend(query[:, :prefix], key[:, :prefix], value[:, :prefix], within)
     forms = [functools.partial(attend_after_prefix, pattern=pattern) for pattern in patterns]
-    after = _call_chosen(forms, index, *parts, mask)
+    after = _call_chosen(forms, index, query, key, value, mask)
     attended = checkpoint_name(
       jnp.concatenate([first, after], axis=1), attention_kernel.ATTENTION_OUTPUT
     )

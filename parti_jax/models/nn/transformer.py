@@ -261,6 +261,7 @@ class DecoderBlock(nn.Module):
     keys = [layers.fold(dropout_keys, site) for site in range(3)]
     x = x + self.drop(_normed(self.attention_out_norm, attended), keys[0])
     if self.options.cross_attention:
+      assert text is not None
       attended = self.cross_attention(self.cross_norm(x), text, text_mask)
       x = x + self.drop(_normed(self.cross_out_norm, attended), keys[1])
     x = x + self.drop(self.mlp(self.mlp_norm(x)), keys[2])

@@ -31,6 +31,7 @@ from parti_jax.data import text_features
 from parti_jax.data import text_tokenizer
 from parti_jax.exported_model import model_folder
 from parti_jax.models import config_checks
+from parti_jax.models import generators
 from parti_jax.models import parti_config
 from parti_jax.models import text_encoders
 from parti_jax.partitioning import device_groups
@@ -87,7 +88,7 @@ def load(path: str | os.PathLike, text_length: int | None = None) -> FrozenTextE
 
 @numerics.fixed()
 def fingerprint(
-  model: parti_config.PartiConfig, params: PyTree, sharding: jax.sharding.Sharding | None
+  model: generators.Config, params: PyTree, sharding: jax.sharding.Sharding | None
 ) -> str:
   """Returns a text encoder's fingerprint, 16 hexadecimal digits.
 
