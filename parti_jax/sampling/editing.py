@@ -17,6 +17,7 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool
 from jaxtyping import Int32
@@ -69,7 +70,7 @@ class Edit:
       return np.broadcast_to(self.kept.reshape(-1), (*image_index.shape, length))
     assert self.vary is not None
     with numerics.fixed():
-      keys = decoding.image_keys(seed, image_index.reshape(-1))
+      keys = decoding.image_keys(jnp.uint32(seed), jnp.asarray(image_index.reshape(-1)))
       draw = lambda key: jax.random.uniform(jax.random.fold_in(key, _VARY_NOISE), (length,))
       noise = np.asarray(jax.vmap(draw)(keys))
     rank = np.argsort(np.argsort(noise, axis=1, kind='stable'), axis=1)

@@ -199,7 +199,7 @@ def test_edits_are_those_of_the_command(running, served_model, tmp_path, how):
 
 
 def test_edits_that_are_refused(running):
-  server = running(files=5000)
+  server = running(files=20_000)
   picture = png_of(np.zeros([16, 16, 3], np.uint8))
   for files, fields, status, message in (
     ({'image': picture}, {'prompt': 'a'}, 400, 'image needs one of mask'),
@@ -207,7 +207,7 @@ def test_edits_that_are_refused(running):
     ({'image': picture, 'mask': b'?'}, {'prompt': 'a'}, 400, 'mask: unknown picture format'),
     ({'image': picture, 'other': picture}, {'prompt': 'a'}, 400, 'no file of an edit'),
     ({'image': picture, 'mask': picture, 'c': picture}, {'prompt': 'a'}, 400, 'form'),
-    ({'image': b'x' * 5000}, {'prompt': 'a'}, 413, 'longer than 5,000 bytes'),
+    ({'image': b'x' * 20_000}, {'prompt': 'a'}, 413, 'longer than 20,000 bytes'),
     ({'image': picture}, {f'a{n}': 1 for n in range(70)}, 400, 'form'),
   ):
     found, content = server.edit(files, **fields)
