@@ -131,7 +131,7 @@ class AdaptedArray(parameter_files.StoredArray):
       if one.part is None or one.parts is None:
         found += np.float32(self._scale) * product
       elif one.part in (chosen := range(*where[inputs].indices(one.parts))):
-        place = (*(slice(None),) * inputs, chosen.index(one.part))
+        place: tuple[Any, ...] = (*(slice(None),) * inputs, chosen.index(one.part))
         found[place] += np.float32(self._scale) * product
     return found
 

@@ -395,8 +395,8 @@ class Trainer:
     return {name: np.asarray(pictures)[:count] for name, pictures in drawn.items()}
 
   @functools.cached_property
-  def _painter(self) -> base.Painter | None:
-    """The objective's painter with its function jitted for the mesh."""
+  def _painter(self) -> tuple[Callable[..., Any], Any] | None:
+    """The objective's painter; its function is jitted for the mesh, and takes the constants, too."""
     painter = self.objective.painter()
     if painter is None:
       return None
