@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import pathlib
+import sys
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -205,7 +206,8 @@ def _text_tokenizer(
   The path is None if the network has no text tokenizer.
   """
   if found.tokenizer is not None and found.tokenizer.beside and vocabulary is None:
-    vocabulary = os.path.dirname(os.path.abspath(given.weights.files[0]))
+    vocabulary = os.path.dirname(given.weights.files[0]) or '.'
+    print(f'parti-jax: using the vocabulary in {vocabulary}', file=sys.stderr)
   if found.tokenizer is None or vocabulary is None:
     yield None, False
     return
