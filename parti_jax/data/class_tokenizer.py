@@ -34,21 +34,23 @@ def content(count: int, classes: class_names.Classes | None = None) -> bytes:
     classes: their names; None if there are only numbers.
 
   Raises:
-    UserError: if there is another number of names.
+    UserError: if there is another number of names, or a text would stand for two classes.
   """
   found: dict[str, Any] = {COUNT: count}
   if classes is not None:
     if len(classes) != count:
       raise UserError(f'there are {len(classes)} names of classes, but the network has {count}')
     found |= {'names': list(classes.names), 'keys': list(classes.keys)}
+    for texts in (found['names'], found['keys']):
+      _check_different(texts)
   return (json.dumps(found, indent=1, ensure_ascii=False) + '\n').encode()
 
 
 class ClassTokenizer:
   """Converts a text to the id of its class: the number that it says, or that of the class of its name.
 
-  Names may be in upper or lower case. The empty text has the id after the last class, which stands
-  for no class.
+  Names may be in upper or lower case, unless several differ in this alone, as two of ImageNet's do. The
+  empty text has the id after the last class, which stands for no class.
 
   Attributes:
     path: its file.
@@ -83,9 +85,17 @@ class ClassTokenizer:
         'model again'
       )
     self._names = names.get('names') or [str(number) for number in range(count)]
-    self._numbers = {str(number): number for number in range(count)}
-    for texts in reversed(names.values()):
-      self._numbers |= {_plain(text): number for number, text in enumerate(texts)}
+    # The classes of a text as it is, and of names in other case. Numbers come before names, since
+    # labels may be numbers, and names before keys.
+    self._numbers: dict[str, int] = {}
+    self._folded: dict[str, list[int]] = {}
+    for texts in (names[name] for name in reversed(_NAMES) if name in names):
+      folded: dict[str, list[int]] = {}
+      for number, text in enumerate(texts):
+        self._numbers[_spaced(text)] = number
+        folded.setdefault(_spaced(text).casefold(), []).append(number)
+      self._folded |= folded
+    self._numbers |= {str(number): number for number in range(count)}
     self.fingerprint = fingerprints.of_vocabulary(found)
 
   @property
@@ -105,10 +115,17 @@ class ClassTokenizer:
     return ids, ''
 
   def _number(self, text: str) -> int:
-    found = self._numbers.get(_plain(text))
-    if found is not None:
+    text = _spaced(text)
+    if (found := self._numbers.get(text)) is not None:
       return found
-    close = difflib.get_close_matches(_plain(text), self._numbers, 3)
+    several = self._folded.get(text.casefold(), [])
+    if len(several) == 1:
+      return several[0]
+    if several:
+      names = ' or '.join(f'{self._names[number]} (number {number})' for number in several)
+      raise UserError(f'{checks.shown(text)} may be {names}; give the name as it is, or the number')
+    close = difflib.get_close_matches(text.casefold(), [*self._folded, *self._numbers], 3)
+    close = list(dict.fromkeys(close))
     hint = f'; did you mean {" or ".join(map(repr, close))}?' if close else ''
     raise UserError(
       f'{checks.shown(text)} is not a class: the model draws classes, so give a number from 0 to '
@@ -125,6 +142,17 @@ class ClassTokenizer:
     return self._names[number] if number < self._count else ''
 
 
-def _plain(text: str) -> str:
-  """Returns a text as names are compared."""
-  return ' '.join(text.casefold().split())
+def _check_different(texts: Sequence[str]) -> None:
+  """Raises UserError if two classes have the same name, or one is named as the number of another."""
+  known = {str(number): number for number in range(len(texts))}
+  for number, text in enumerate(map(_spaced, texts)):
+    if (other := known.setdefault(text, number)) != number:
+      raise UserError(
+        f'the class {number} has the name {text!r}, which also stands for the class {other}; give it '
+        'another name'
+      )
+
+
+def _spaced(text: str) -> str:
+  """Returns a text with single spaces between words."""
+  return ' '.join(text.split())

@@ -28,6 +28,8 @@ _ENCODER_LAYERS = 'model/encoder/layers/FlaxBartEncoderLayers'
 _DECODER_LAYERS = 'model/decoder/layers/FlaxBartDecoderLayers'
 # The published models have 64 features in a head; array shapes don't show it.
 _HEAD_DIM = 64
+# Rows of image tokens beyond the codes; mini has one, mega 32.
+_MOST_OTHER_ROWS = 128
 # What a config.json may say about the blocks, besides sizes.
 _FIXED = {
   'model_type': 'dallebart',
@@ -92,7 +94,7 @@ def config_of(
   heads = max(sizes['width'] // _HEAD_DIM, 1)
   if settings is not None:
     heads = _checked(settings, sizes, rows, positions)
-  if rows <= codebook_size or positions != grid[0] * grid[1]:
+  if not 0 < rows - codebook_size <= _MOST_OTHER_ROWS or positions != grid[0] * grid[1]:
     raise UserError(
       f'the image tokenizer has {codebook_size:,} codes and {grid[0]}×{grid[1]} tokens for an image, '
       f'but the weights have rows for {rows - 1:,} codes and the first input, and {positions} '
@@ -155,7 +157,6 @@ def key_map(config: dalle_mini.DalleMiniConfig, arrays: Arrays, start: int) -> k
     config,
     'text_encoder/encoder/layers',
     prefix + _ENCODER_LAYERS,
-    config.encoder_layers,
     attentions,
   )
   attentions |= {'cross': ('k', 'v')}
@@ -163,7 +164,6 @@ def key_map(config: dalle_mini.DalleMiniConfig, arrays: Arrays, start: int) -> k
     config,
     'image_decoder/decoder/layers',
     prefix + _DECODER_LAYERS,
-    config.decoder_layers,
     attentions,
   )
   return found
@@ -173,7 +173,6 @@ def _layers(
   config: dalle_mini.DalleMiniConfig,
   ours: str,
   theirs: str,
-  count: int,
   attentions: Mapping[str, tuple[str, ...]],
 ) -> dict[str, key_map_lib.Source]:
   """Returns the sources of a tower's layers, whose arrays have layers as their first axis.
@@ -182,13 +181,13 @@ def _layers(
     config: sizes of the network.
     ours: path of our layers.
     theirs: path of theirs.
-    count: number of layers.
     attentions: our name of each attention, without 'attention', and the projections that share a
       kernel of ours.
   """
-  heads = count, config.width, config.heads, config.head_dim
-  into_heads = lambda array: np.reshape(array, heads)
-  from_heads = lambda array: np.reshape(array, (count, *heads[2:], config.width))
+  heads = config.heads, config.head_dim
+  # The other axes must be there as they are.
+  into_heads = lambda array: np.reshape(array, (*array.shape[:-1], *heads))
+  from_heads = lambda array: np.reshape(array, (*array.shape[:1], *heads, *array.shape[2:]))
   found = {}
   for place, (name, together) in enumerate(attentions.items()):
     projection = f'{theirs}/FlaxBartAttention_{place}/{{}}_proj/kernel'.format

@@ -183,7 +183,7 @@ def _other_shapes(key_map: KeyMap, stored, expected) -> list[str]:
       shape = tuple(stored[name].shape)
       try:
         changed = _changed(source, shape)
-      except ValueError:  # It does not have the axes that would be permuted.
+      except (ValueError, IndexError):  # It lacks the axes that would be permuted, split or cut.
         changed = None
       if changed != source.without_stack(wanted):
         found.append(f'{name} {list(shape)}, which would be {path} {list(wanted)}')

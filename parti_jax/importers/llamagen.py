@@ -140,10 +140,11 @@ def key_map(config: llamagen.LlamaGenConfig, arrays: Arrays) -> key_map_lib.KeyM
   in_layers = {
     'attention_norm/scale': layers('attention_norm.weight'),
     'attention/project_in/kernel': layers(
-      'attention.wqkv.weight', lambda array: array.T.reshape(-1, 3, heads, head_dim)
+      'attention.wqkv.weight',
+      lambda array: array.T.reshape(*array.shape[1:], 3, heads, head_dim),
     ),
     'attention/project_out/kernel': layers(
-      'attention.wo.weight', lambda array: array.T.reshape(heads, head_dim, -1)
+      'attention.wo.weight', lambda array: array.T.reshape(heads, head_dim, *array.shape[:-1])
     ),
     'mlp_norm/scale': layers('ffn_norm.weight'),
     'mlp/project_gate/kernel': layers('feed_forward.w1.weight', key_map_lib.linear),

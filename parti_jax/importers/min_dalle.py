@@ -127,7 +127,7 @@ def _renamed(
     ordered = [parts[layer] for layer in sorted(parts)]
     if sorted(parts) != list(range(len(parts))):
       raise UserError(f'{where}: the layers that have {name} are {sorted(parts)}')
-    if len({tuple(part.shape) for part in ordered}) > 1:
-      raise UserError(f'{where}: the arrays of {name} have several shapes')
+    if len({(tuple(part.shape), part.dtype) for part in ordered}) > 1:
+      raise UserError(f'{where}: the arrays of {name} have several shapes or dtypes')
     found[name] = _Array(tuple(ordered), True, name.endswith('kernel'))
   return found

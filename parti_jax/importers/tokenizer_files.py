@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,6 +33,11 @@ _BYTE_DECODER = {
 }
 # The special tokens of BART and their ids; 0 and 2 are around a text.
 _BART_SPECIAL = {'<s>': 0, '<pad>': 1, '</s>': 2, '<unk>': 3}
+# Tokens of byte pairs that merges need not make: letters, special tokens, and the places that BART's
+# vocabulary fills up.
+_NOT_MERGED = re.compile(r'.(</w>)?|<.*>|madeupword\d+', re.DOTALL)
+# Share of the other tokens that merges may leave out.
+_MOST_UNMADE = 0.01
 
 
 def of_clip(given: str) -> bytes:
@@ -234,17 +240,52 @@ def _byte_pairs(given: str) -> tuple[Mapping[str, Any], Any, pathlib.Path]:
   if (path / 'vocab.json').is_file() and (path / 'merges.txt').is_file():
     lines = _text(path / 'merges.txt').splitlines()
     merges = [line.split() for line in lines if line.strip() and not line.startswith('#version')]
-    return _json(path / 'vocab.json'), merges, path / 'vocab.json'
+    vocabulary = _json(path / 'vocab.json')
+    _check_byte_pairs(vocabulary, merges, path / 'vocab.json', path / 'merges.txt')
+    return vocabulary, merges, path / 'vocab.json'
   if whole.is_file():
     model = _part(_json(whole), 'model', whole)
-    return _part(model, 'vocab', whole), model.get('merges', []), whole
+    vocabulary, merges = _part(model, 'vocab', whole), model.get('merges', [])
+    _check_byte_pairs(vocabulary, merges, whole, whole)
+    return vocabulary, merges, whole
   wanted = 'has neither vocab.json and merges.txt, nor tokenizer.json'
   raise UserError(f'{given} {wanted if path.is_dir() else "does not exist"}')
 
 
+def _check_byte_pairs(
+  vocabulary: Mapping[str, Any], merges: Any, where: pathlib.Path, where_merges: pathlib.Path
+) -> None:
+  """Checks what the `tokenizers` library accepts although it gives a text other tokens.
+
+  Args:
+    vocabulary: {token: its id}.
+    merges: the merges, pairs of texts, or texts with a space.
+    where: the file that has the vocabulary, for messages.
+    where_merges: the file that has the merges.
+
+  Raises:
+    UserError: if two tokens have the same id, or the merges make other tokens than those of the
+      vocabulary.
+  """
+  ids: dict[str, str] = {}
+  for token, number in vocabulary.items():
+    if (other := ids.setdefault(str(number), token)) != token:
+      raise UserError(f'{where}: {other!r} and {token!r} have the same id, {number}')
+  if not isinstance(merges, list):
+    return  # `tokenizers` refuses it, and other items than pairs.
+  pairs = (merge.split(' ') if isinstance(merge, str) else merge for merge in merges)
+  made = {''.join(map(str, pair)) for pair in pairs if isinstance(pair, list)}
+  expected = {token for token in vocabulary if not _NOT_MERGED.fullmatch(token)}
+  if len(expected - made) > _MOST_UNMADE * len(expected):
+    raise UserError(
+      f'{where_merges}: its merges make {len(expected & made)} of the {len(expected)} longer tokens in '
+      'the vocabulary, so they are cut short or belong to another one; download it again'
+    )
+
+
 def _text(path: pathlib.Path) -> str:
   try:
-    return text_tokenizer.read_file(path).decode()
+    return text_tokenizer.read_file(path).decode('utf-8-sig')
   except UnicodeDecodeError as error:
     raise UserError(f'{path} is not UTF-8: {error}') from error
 

@@ -138,6 +138,9 @@ def test_the_kind_is_told_by_the_content(tmp_path, tokenizer):
     ('vocab.json', '[1]', 'vocab.json is not a JSON object'),
     ('vocab.json', '{', 'vocab.json is not JSON'),
     ('vocab.json', None, 'has neither vocab.json and merges.txt, nor tokenizer.json'),
+    ('vocab.json', '{"a": 0, "b": 0}', "vocab.json: 'a' and 'b' have the same id, 0"),
+    ('merges.txt', '', 'merges.txt: its merges make 0 of the 5 longer tokens in the vocab'),
+    ('merges.txt', 'c a\nca t</w>\nd o', 'its merges make 3 of the 5 longer tokens'),
   ],
 )
 def test_damaged_files_of_clip(folder, name, content, message):
@@ -147,6 +150,14 @@ def test_damaged_files_of_clip(folder, name, content, message):
     (folder / name).write_text(content)
   with pytest.raises(UserError, match=message.replace('|', r'\|')):
     tokenizer_files.of_clip(str(folder))
+
+
+def test_files_of_other_systems_give_the_same_tokenizer(folder):
+  wanted = tokenizer_files.of_clip(str(folder))
+  for name in ('vocab.json', 'merges.txt'):
+    content = (folder / name).read_text().replace('\n', '\r\n')
+    (folder / name).write_bytes(b'\xef\xbb\xbf' + content.encode())
+  assert tokenizer_files.of_clip(str(folder)) == wanted
 
 
 def test_a_published_tokenizer_json_of_clip(folder, tokenizer):

@@ -90,6 +90,21 @@ def test_the_bias_of_a_norm_without_scale_has_no_scale(arrays):
     _check(config, other, CODES)
 
 
+def test_values_in_other_axes_are_refused(arrays):
+  config = reader.config_of(arrays, SETTINGS, CODES, GRID)
+  decoder = 'model/decoder/layers/FlaxBartDecoderLayers/FlaxBartAttention_0'
+  for projection in ('q', 'k', 'out'):
+    name = f'{decoder}/{projection}_proj/kernel'
+    for shape in ((16, 2, 16), (512,), (2, 16, 16, 1), (32, 16), ()):
+      other = dict(arrays) | {name: published.Listed(shape)}
+      with pytest.raises(UserError, match=f'of another shape: {name}'):
+        _check(config, other, CODES)
+  for shape in ((), (256,)):
+    other = dict(arrays) | {'lm_head/kernel': published.Listed(shape)}
+    with pytest.raises(UserError, match='of another shape: lm_head/kernel'):
+      _check(config, other, CODES)
+
+
 @pytest.mark.parametrize(
   'changes, named',
   [
@@ -124,6 +139,12 @@ def test_a_first_input_that_is_no_row_is_refused(arrays, row):
 def test_another_image_tokenizer_is_refused(arrays, codes, grid):
   with pytest.raises(UserError, match='give the image tokenizer that belongs to them'):
     reader.config_of(arrays, SETTINGS, codes, grid)
+
+
+def test_an_image_tokenizer_with_fewer_codes_is_refused():
+  settings, arrays = published.read('dalle_mega')
+  with pytest.raises(UserError, match='has 1,024 codes .* rows for 16,415 codes and the first'):
+    reader.config_of(arrays, settings, 1024, (16, 16))
 
 
 def test_other_files_are_refused(arrays):

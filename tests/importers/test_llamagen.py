@@ -107,6 +107,18 @@ def test_queries_keys_and_values_are_split_by_heads():
 
 
 @pytest.mark.parametrize(
+  'name, shapes',
+  [('wqkv', [(16, 48), (768,), (48, 16, 1), ()]), ('wo', [(32, 8), (256,), (16, 16, 1), ()])],
+)
+def test_values_in_other_axes_are_refused(name, shapes):
+  name = f'layers.1.attention.{name}.weight'
+  for shape in shapes:
+    arrays = _stored() | {name: published.Listed(shape)}
+    with pytest.raises(UserError, match=f'of another shape: {name}'):
+      _check(_config(arrays), arrays)
+
+
+@pytest.mark.parametrize(
   'texts, encoder, message',
   [
     (True, None, '--text_encoder is required'),

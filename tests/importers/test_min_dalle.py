@@ -53,9 +53,11 @@ def test_what_is_unknown_stays_and_what_is_wrong_is_named(tmp_path, towers):
   del towers['decoder']['layers.0.glu.fc1.weight']
   with pytest.raises(UserError, match=r'the layers that have .*Dense_1/kernel are \[1\]'):
     _open(tmp_path, towers)
-  towers['decoder']['layers.0.glu.fc1.weight'] = np.ones((2, 2), np.float32)
-  with pytest.raises(UserError, match='Dense_1/kernel have several shapes'):
-    _open(tmp_path, towers)
+  whole = tiny_dalle_mini.towers()['decoder']['layers.0.glu.fc1.weight']
+  for wrong in (np.ones((2, 2), np.float32), whole.astype(np.float16)):
+    towers['decoder']['layers.0.glu.fc1.weight'] = wrong
+    with pytest.raises(UserError, match='Dense_1/kernel have several shapes or dtypes'):
+      _open(tmp_path, towers)
 
 
 def test_both_files_are_needed(tmp_path, towers):
