@@ -62,10 +62,11 @@ class ImageService:
         f'{self.limits.images}; make it longer, or allow fewer pictures in a request'
       )
     upscaler = model.upscaler
+    rows, columns = model.config.grid
     self.offer = image_requests.Offer(
       model.model_name,
       model.image_size,
-      tuple(model.config.grid),
+      (rows, columns),
       None if upscaler is None else model.image_size * upscaler.factor,
       model.ranker is not None,
     )

@@ -3,7 +3,7 @@
   python tests/serving/browser.py FOLDER
 
 starts `parti-jax ui` with the demo model and writes FOLDER/page_desktop.png and
-FOLDER/page_phone.png: the page before, during and after drawing, at two widths.
+FOLDER/page_phone.png: the page before and during drawing, and after an edit, at two widths.
 """
 
 import contextlib
@@ -102,7 +102,7 @@ def paint(found):
 
 
 def _states(chromium, url, viewport):
-  """Returns screenshots of the page before, during and after drawing."""
+  """Returns screenshots of the page before and during drawing, and after an edit."""
   taken = []
   with page(chromium, url, viewport) as found:
     take = lambda: taken.append(Image.open(io.BytesIO(found.screenshot(full_page=True))))
@@ -113,9 +113,10 @@ def _states(chromium, url, viewport):
     found.wait_for_function("document.querySelector('#status').innerText.match(/[4-7][0-9]%/)")
     take()
     found.wait_for_selector('#history img')
-    ask(found, 'red apple', 3)
+    paint(found)
+    ask(found, 'man cook: light skin tone', 3)
     found.click('#draw')
-    found.wait_for_function("document.querySelector('#status').innerText.includes('red apple')")
+    found.wait_for_function("document.querySelector('#status').innerText.includes('man cook')")
     found.wait_for_function("document.querySelectorAll('#history img').length >= 8")
     found.wait_for_timeout(1500)
     take()
