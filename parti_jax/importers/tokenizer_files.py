@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from parti_jax.core import checks
 from parti_jax.core.errors import UserError
 from parti_jax.data import json_tokenizer
 from parti_jax.data import text_tokenizer
@@ -55,6 +56,7 @@ def of_clip(given: str) -> bytes:
   ends = [vocabulary.get(token) for token in (_CLIP_START, _CLIP_END)]
   if not all(type(end) is int for end in ends):
     raise UserError(f"{where} isn't CLIP's vocabulary: it has no {_CLIP_START} and {_CLIP_END}")
+  _check_byte_pairs(vocabulary, merges, where)
   return _dumps(
     {
       'version': '1.0',
@@ -127,6 +129,7 @@ def of_dalle_mini(given: str, normalizer: str) -> bytes:
       f"{where} isn't DALL·E mini's vocabulary: the ids of {', '.join(_BART_SPECIAL)} are not "
       f'{", ".join(map(str, _BART_SPECIAL.values()))}'
     )
+  _check_byte_pairs(vocabulary, merges, where)
   # BART's last token, for which mini has no row. No text has it.
   vocabulary = {token: number for token, number in vocabulary.items() if token != '<mask>'}
   if normalizer == 'min_dalle':
@@ -240,41 +243,45 @@ def _byte_pairs(given: str) -> tuple[Mapping[str, Any], Any, pathlib.Path]:
   if (path / 'vocab.json').is_file() and (path / 'merges.txt').is_file():
     lines = _text(path / 'merges.txt').splitlines()
     merges = [line.split() for line in lines if line.strip() and not line.startswith('#version')]
-    vocabulary = _json(path / 'vocab.json')
-    _check_byte_pairs(vocabulary, merges, path / 'vocab.json', path / 'merges.txt')
-    return vocabulary, merges, path / 'vocab.json'
+    return _json(path / 'vocab.json'), merges, path / 'vocab.json'
   if whole.is_file():
     model = _part(_json(whole), 'model', whole)
-    vocabulary, merges = _part(model, 'vocab', whole), model.get('merges', [])
-    _check_byte_pairs(vocabulary, merges, whole, whole)
-    return vocabulary, merges, whole
+    return _part(model, 'vocab', whole), model.get('merges', []), whole
   wanted = 'has neither vocab.json and merges.txt, nor tokenizer.json'
   raise UserError(f'{given} {wanted if path.is_dir() else "does not exist"}')
 
 
-def _check_byte_pairs(
-  vocabulary: Mapping[str, Any], merges: Any, where: pathlib.Path, where_merges: pathlib.Path
-) -> None:
-  """Checks what the `tokenizers` library accepts although it gives a text other tokens.
+def _check_byte_pairs(vocabulary: Mapping[str, Any], merges: Any, where: pathlib.Path) -> None:
+  """Checks byte pairs, also for what the `tokenizers` library accepts but a text then has other tokens.
 
   Args:
     vocabulary: {token: its id}.
     merges: the merges, pairs of texts, or texts with a space.
     where: the file that has the vocabulary, for messages.
-    where_merges: the file that has the merges.
 
   Raises:
-    UserError: if two tokens have the same id, or the merges make other tokens than those of the
-      vocabulary.
+    UserError: if two tokens have the same id, or the merges are others than those of the vocabulary.
   """
-  ids: dict[str, str] = {}
+  where_merges = where.with_name('merges.txt') if where.name == 'vocab.json' else where
+  ids: dict[int, str] = {}
   for token, number in vocabulary.items():
-    if (other := ids.setdefault(str(number), token)) != token:
+    checks.whole_number(f'{where}: the id of {token!r}', number, 0, show=checks.shown_as_json)
+    if (other := ids.setdefault(number, token)) != token:
       raise UserError(f'{where}: {other!r} and {token!r} have the same id, {number}')
-  if not isinstance(merges, list):
-    return  # `tokenizers` refuses it, and other items than pairs.
-  pairs = (merge.split(' ') if isinstance(merge, str) else merge for merge in merges)
-  made = {''.join(map(str, pair)) for pair in pairs if isinstance(pair, list)}
+  made = set()
+  for merge in merges if isinstance(merges, list) else [merges]:
+    pair = merge.split(' ') if isinstance(merge, str) else merge
+    if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(x, str) for x in pair):
+      raise UserError(
+        f'{where_merges}: the merge {checks.shown_as_json(merge)} is not two tokens; download it again'
+      )
+    for token in (*pair, ''.join(pair)):
+      if token not in vocabulary:
+        raise UserError(
+          f'{where_merges}: the merge {" ".join(pair)!r} needs the token {token!r}, which {where} does '
+          'not have; give files of one tokenizer'
+        )
+    made.add(''.join(pair))
   expected = {token for token in vocabulary if not _NOT_MERGED.fullmatch(token)}
   if len(expected - made) > _MOST_UNMADE * len(expected):
     raise UserError(
