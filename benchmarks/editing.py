@@ -1,0 +1,112 @@
+"""Draws the pictures of docs/editing.md: OpenMoji's pictures, edited with the demo model.
+
+  python benchmarks/editing.py --output_dir docs
+
+Each sheet has the picture to edit first, with what is drawn anew in gray, and then the results.
+"""
+
+import argparse
+import pathlib
+
+import numpy as np
+from PIL import Image
+
+import parti_jax
+from parti_jax.data import openmoji
+from parti_jax.sampling import sheets
+from parti_jax.sampling import slots
+
+PATCH = 8
+
+
+def find(caption, size):
+  """Renders the picture of OpenMoji with this caption."""
+  code = next(picture.code for picture in openmoji.pictures() if picture.caption == caption)
+  return openmoji.render(code, size)
+
+
+def shown(result, row=0):
+  """The edited picture, gray where new tokens come."""
+  rows, columns = (side // PATCH for side in result.edit.image.shape[:2])
+  kept = result.kept[row, 0].reshape(rows, columns)
+  return np.where(kept.repeat(PATCH, 0).repeat(PATCH, 1)[..., None], result.edit.image, slots.BLANK)
+
+
+def completion(model):
+  """The upper half of a face, completed for four prompts."""
+  image = find('grinning face', model.image_size)
+  prompts = [
+    'grinning face',
+    'face with tongue',
+    'zipper-mouth face',
+    'face with medical mask',
+  ]
+  result = model.generate(prompts, 1, seed=1, image=image, keep='top:0.5')
+  cells = [[shown(result)], *([picture] for picture in result.images[:, 0])]
+  return sheets.sheet('keep=top:0.5', ['kept of "grinning face"', *prompts], cells, 5)
+
+
+def hat(model):
+  """A hat on a face, by a mask over its top."""
+  image = find('slightly smiling face', model.image_size)
+  mask = np.zeros(image.shape[:2], bool)
+  mask[: 3 * PATCH] = True
+  edited = {'image': image, 'mask': mask, 'temperature': 0.7, 'guidance_scale': 2.0}
+  result = model.generate('cowboy hat face', 3, seed=0, best_of=8, **edited)
+  cells = [[image], [shown(result)], *([picture] for picture in result.images[0])]
+  texts = ['the picture', 'outside the mask', *['cowboy hat face'] * 3]
+  return sheets.sheet('mask over the top, best_of=8', texts, cells, 5)
+
+
+def moved(model):
+  """A ball moved to the other side: it is pasted there, and the mask clears where it was."""
+  image = find('man bouncing ball: medium skin tone', model.image_size)
+  red = (image[..., 0] > 150) & (image[..., 1:].max(axis=-1) < 100)
+  near = [np.roll(red, (down, right), (0, 1)) for down in range(-2, 3) for right in range(-2, 3)]
+  ball = np.any(near, axis=0)
+  pasted = image.copy()
+  pasted[np.roll(ball, 5 * PATCH, 1)] = image[ball]
+  edited = {'image': pasted, 'mask': ball, 'temperature': 0.7, 'guidance_scale': 2.0}
+  result = model.generate('man walking: medium skin tone', 3, seed=0, best_of=8, **edited)
+  cells = [[image], [shown(result)], *([picture] for picture in result.images[0])]
+  texts = ['the picture', 'ball pasted, outside the mask', *['man walking: medium skin tone'] * 3]
+  return sheets.sheet('a ball moved by a mask, best_of=8', texts, cells, 5)
+
+
+def variations(model):
+  """A picture with a share of its tokens drawn anew."""
+  image = find('woman firefighter: medium skin tone', model.image_size)
+  prompts = ['woman firefighter: medium skin tone', 'woman astronaut: medium skin tone']
+  texts, cells = ['the picture'], [[image]]
+  for vary in (0.3, 0.6):
+    result = model.generate(prompts, 1, seed=3, image=image, vary=vary)
+    for prompt, pictures in zip(prompts, result.images):
+      texts.append(f'vary={vary}: {prompt}')
+      cells.append(list(pictures))
+  return sheets.sheet('variations', texts, cells, 5)
+
+
+SHEETS = {
+  'completion': completion,
+  'hat': hat,
+  'moved': moved,
+  'variations': variations,
+}
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.split('\n', maxsplit=1)[0])
+  parser.add_argument('--model', help='a model folder (default: the demo model)')
+  parser.add_argument('--output_dir', default='docs', metavar='DIR')
+  parser.add_argument('--sheets', nargs='+', choices=SHEETS, default=list(SHEETS))
+  args = parser.parse_args()
+  model = parti_jax.load(args.model)
+  for name in args.sheets:
+    sheet = SHEETS[name](model)
+    path = pathlib.Path(args.output_dir) / f'editing_{name}.png'
+    sheet.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+    print(path, path.stat().st_size, flush=True)
+
+
+if __name__ == '__main__':
+  main()
