@@ -88,7 +88,7 @@ class Edit:
 
   def metadata(self) -> dict[str, str]:
     """Returns what a picture's file says of its edit."""
-    digest = hashlib.sha256(np.ascontiguousarray(self.image)).hexdigest()[:_DIGITS]
+    digest = hashlib.sha256(self.image.tobytes()).hexdigest()[:_DIGITS]
     named = {} if self.name is None else {'edited_image': self.name}
     return {'edit': self.how, **named, 'edited_pixels': f'sha256:{digest}'}
 

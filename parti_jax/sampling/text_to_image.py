@@ -673,7 +673,8 @@ class TextToImage:
     seed = checks.whole_number('seed', seed, 0, sampling_settings.LARGEST_SEED)
     weighted = checks.boolean('prompt_weights', prompt_weights)
     settings = self.sampling.replace(**sampling)
-    edit = editing.edit(*edited, self.image_size, tuple(self.config.grid))
+    image, mask, keep, vary = edited
+    edit = editing.edit(image, mask, keep, vary, self.image_size, self.config.grid)
     for name, used in (
       ('image', edit is not None),
       ('negative', negative is not None),
