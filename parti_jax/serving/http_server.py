@@ -171,8 +171,9 @@ async def _form(request: requests.Request, body: bytes) -> tuple[dict[str, str],
     form = await requests.Request(request.scope, replay).form(
       max_files=len(image_requests.FILES), max_fields=_MOST_FIELDS, max_part_size=len(body) + 1
     )
-  except exceptions.HTTPException as error:
-    raise image_requests.RequestError(f'the form can not be read: {error.detail}') from None
+  except (exceptions.HTTPException, ValueError) as error:  # The latter are python_multipart's.
+    reason = str(getattr(error, 'detail', error))[:200]
+    raise image_requests.RequestError(f'the form can not be read: {reason}') from None
   async with contextlib.AsyncExitStack() as stack:
     stack.push_async_callback(form.close)
     for name, value in form.multi_items():
