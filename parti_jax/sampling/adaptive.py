@@ -30,7 +30,7 @@ from jaxtyping import Int32
 from jaxtyping import Key
 
 from parti_jax.models import generators
-from parti_jax.models.nn import attention
+from parti_jax.models.nn import attention_cache
 from parti_jax.models.nn import transformer
 from parti_jax.sampling import decoding
 
@@ -200,7 +200,7 @@ class AdaptiveDecoder:
       cache, entry = state.caches[layer], (key, value)
       if not position.ndim:
         # Outside of the branches: a branch that returned the cache would return a copy.
-        cache = attention.write_cache(cache, *entry, position, pattern)
+        cache = attention_cache.write_cache(cache, *entry, position, pattern)
 
       def rest(x, query, cache, entry, layer=layer, params=params, pattern=pattern):
         inputs = x, state.texts[layer], state.text_mask, cache, position, pattern, query

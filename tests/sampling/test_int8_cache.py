@@ -15,6 +15,7 @@ from parti_jax.models import parti
 from parti_jax.models import parti_config
 from parti_jax.models import token_decoder
 from parti_jax.models.nn import attention
+from parti_jax.models.nn import attention_cache
 from parti_jax.models.nn import attention_patterns
 from parti_jax.models.nn import quantization
 from parti_jax.partitioning import mesh as mesh_lib
@@ -83,10 +84,10 @@ def test_the_error_of_attention_is_within_its_bound():
   query = jnp.asarray(random.normal(size=(3, 2, 4, 16)), jnp.float32)
   (keys, int8_keys), (values, int8_values) = (filled(random, 3, 4, 9, 16) for _ in range(2))
   mask = jnp.asarray(random.uniform(size=(2, 9)) < 0.7).at[:, 0].set(True)
-  expected = np.asarray(attention.attend_cached(query, keys, values, mask))
-  found = np.asarray(attention.attend_cached(query, int8_keys, int8_values, mask))
+  expected = np.asarray(attention_cache.attend_cached(query, keys, values, mask))
+  found = np.asarray(attention_cache.attend_cached(query, int8_keys, int8_values, mask))
   rounded = [jnp.asarray(dequantized(part)) for part in (int8_keys, int8_values)]
-  np.testing.assert_allclose(found, attention.attend_cached(query, *rounded, mask), atol=1e-5)
+  np.testing.assert_allclose(found, attention_cache.attend_cached(query, *rounded, mask), atol=1e-5)
   sums = np.abs(query).sum(-1).swapaxes(1, 2) / 4  # A query is divided by the root of 16.
   step = (sums[..., None] * int8_keys.scale[:, :, None] / 2).max(-1)
   largest = np.abs(values).max((2, 3))[..., None]
@@ -104,10 +105,10 @@ def test_a_cache_holds_the_rounded_keys_and_values(name):
   one = [part[:, :1] for part in new]
   start, count = jnp.array([0, 4, 9, 5]), jnp.array([7, 2, 3, 0])
   for write in (
-    lambda cache: attention.write_cache(cache, *new, jnp.int32(5), pattern),
-    lambda cache: attention.write_cache(cache, *one, jnp.int32(5), pattern),
-    lambda cache: attention.write_cache(cache, *one, start, pattern),
-    lambda cache: attention.write_counted(cache, *new, start, count, pattern),
+    lambda cache: attention_cache.write_cache(cache, *new, jnp.int32(5), pattern),
+    lambda cache: attention_cache.write_cache(cache, *one, jnp.int32(5), pattern),
+    lambda cache: attention_cache.write_cache(cache, *one, start, pattern),
+    lambda cache: attention_cache.write_counted(cache, *new, start, count, pattern),
   ):
     for found, old, expected in zip(write(int8_cache), int8_cache, write(cache)):
       expected = quantization.quantize_vectors(expected)
@@ -115,10 +116,10 @@ def test_a_cache_holds_the_rounded_keys_and_values(name):
       np.testing.assert_allclose(found.scale, expected.scale, rtol=1e-6)
       assert np.any(np.asarray(found.values) != np.asarray(old.values))
   for read in (
-    lambda cache: attention.read_cache(cache, jnp.int32(5), pattern),
-    lambda cache: attention.read_cache(cache, start, pattern),
-    lambda cache: attention.read_cache_and_chunk(cache, *new, jnp.int32(5), pattern),
-    lambda cache: attention.read_cache_and_chunk(cache, *new, start, pattern),
+    lambda cache: attention_cache.read_cache(cache, jnp.int32(5), pattern),
+    lambda cache: attention_cache.read_cache(cache, start, pattern),
+    lambda cache: attention_cache.read_cache_and_chunk(cache, *new, jnp.int32(5), pattern),
+    lambda cache: attention_cache.read_cache_and_chunk(cache, *new, start, pattern),
   ):
     *found, mask = read(int8_cache)
     *expected, expected_mask = read(cache)
@@ -134,9 +135,11 @@ def test_a_position_attends_before_it_is_written_as_after(name):
   cache = tuple(filled(random, 4, 2, pattern.num_slots(12), 8)[1] for _ in range(2))
   query, *new = (jnp.asarray(random.normal(size=(4, 1, 2, 8)), jnp.float32) for _ in range(3))
   for position in (*map(jnp.int32, (0, 5, 11)), jnp.array([0, 4, 9, 5])):
-    found = attention.attend_before_write(query, *new, cache, position, pattern)
-    written = attention.write_cache(cache, *new, position, pattern)
-    expected = attention.attend_cached(query, *attention.read_cache(written, position, pattern))
+    found = attention_cache.attend_before_write(query, *new, cache, position, pattern)
+    written = attention_cache.write_cache(cache, *new, position, pattern)
+    expected = attention_cache.attend_cached(
+      query, *attention_cache.read_cache(written, position, pattern)
+    )
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 

@@ -16,6 +16,7 @@ from parti_jax.models import parti_config
 from parti_jax.models import token_decoder
 from parti_jax.models import vit_vqgan
 from parti_jax.models.nn import attention
+from parti_jax.models.nn import attention_cache
 from parti_jax.models.nn import attention_patterns
 from parti_jax.models.nn import quantization
 from parti_jax.partitioning import mesh as mesh_lib
@@ -189,7 +190,7 @@ def test_attention_with_shared_keys_is_that_with_repeated_ones(int8):
     shared = tuple(quantization.quantize_vectors(part) for part in shared)
     plain = tuple(part.values * part.scale[..., None] for part in shared)
   repeated = (part[:, [0, 0, 0, 1, 1, 1]].swapaxes(1, 2) for part in plain)
-  found = attention.attend_cached(query, *shared, mask)
+  found = attention_cache.attend_cached(query, *shared, mask)
   np.testing.assert_allclose(found, attention.attend(query, *repeated, mask), atol=1e-5)
 
 
@@ -201,9 +202,9 @@ def test_shared_keys_can_be_read_before_a_position_is_written():
   of_cache = lambda: jnp.asarray(draw.normal(size=(2, 2, 5, 8)), jnp.float32)
   cache = tuple(quantization.quantize_vectors(of_cache()) for _ in range(2))
   at = jnp.int32(3), attention_patterns.AttentionPattern('global', (1, 5))
-  found = attention.attend_before_write(query, key, value, cache, *at)
-  written = attention.write_cache(cache, key, value, *at)
-  expected = attention.attend_cached(query, *attention.read_cache(written, *at))
+  found = attention_cache.attend_before_write(query, key, value, cache, *at)
+  written = attention_cache.write_cache(cache, key, value, *at)
+  expected = attention_cache.attend_cached(query, *attention_cache.read_cache(written, *at))
   np.testing.assert_allclose(found, expected, atol=1e-5)
 
 

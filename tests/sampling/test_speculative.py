@@ -14,7 +14,7 @@ import scipy.stats
 from parti_jax.models import parti
 from parti_jax.models import parti_config
 from parti_jax.models import text_encoders
-from parti_jax.models.nn import attention
+from parti_jax.models.nn import attention_cache
 from parti_jax.models.nn import attention_patterns
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import rules
@@ -305,13 +305,15 @@ def test_each_row_writes_as_many_positions_as_it_counts(pattern):
   random = np.random.default_rng(0)
   empty = jnp.asarray(random.normal(size=(4, 2, slots, 3)), jnp.float32)
   new = jnp.asarray(random.normal(size=(4, length, 2, 3)), jnp.float32)
-  found = attention.write_counted(
+  found = attention_cache.write_counted(
     (empty, -empty), new, -new, jnp.array(start), jnp.array(count), pattern
   )
   for row in range(4):
     cache = (empty[row : row + 1], -empty[row : row + 1])
     for ahead in range(count[row]):
       entry = new[row : row + 1, ahead : ahead + 1]
-      cache = attention.write_cache(cache, entry, -entry, jnp.int32(start[row] + ahead), pattern)
+      cache = attention_cache.write_cache(
+        cache, entry, -entry, jnp.int32(start[row] + ahead), pattern
+      )
     np.testing.assert_array_equal(found[0][row], cache[0][0])
     np.testing.assert_array_equal(found[1][row], cache[1][0])

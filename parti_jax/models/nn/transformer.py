@@ -16,6 +16,7 @@ from jaxtyping import Int
 from jaxtyping import PyTree
 
 from parti_jax.models.nn import attention
+from parti_jax.models.nn import attention_cache
 from parti_jax.models.nn import attention_patterns
 from parti_jax.models.nn import block_options
 from parti_jax.models.nn import layer_stack
@@ -99,7 +100,7 @@ class DecoderState(flax.struct.PyTreeNode):
   """
 
   position: Int[Array, ''] | Int[Array, 'batch']
-  caches: list[attention.KeysValues]
+  caches: list[attention_cache.KeysValues]
   texts: list[TextKeysValues | None]
   text_mask: Bool[Array, 'batch 1 1 text_length']
   start: Float[Array, 'batch embed'] | None = None
@@ -123,7 +124,9 @@ class DecoderState(flax.struct.PyTreeNode):
       patterns: attention patterns of the first layers; the other layers repeat them.
     """
     caches = [
-      attention.write_counted(cache, *entry, self.position, count, patterns[number % len(patterns)])
+      attention_cache.write_counted(
+        cache, *entry, self.position, count, patterns[number % len(patterns)]
+      )
       for number, (cache, entry) in enumerate(zip(self.caches, entries))
     ]
     return self.replace(position=self.position + count, caches=caches)
@@ -186,10 +189,10 @@ class DecoderBlock(nn.Module):
     x: Float[Array, 'batch length embed'],
     text: TextKeysValues | None,
     text_mask: Bool[Array, 'batch 1 1 text_length'],
-    cache: attention.KeysValues,
+    cache: attention_cache.KeysValues,
     position: Int[Array, ''] | Int[Array, 'batch'],
     pattern: attention_patterns.AttentionPattern,
-  ) -> tuple[Float[Array, 'batch length embed'], attention.KeysValues]:
+  ) -> tuple[Float[Array, 'batch length embed'], attention_cache.KeysValues]:
     """Computes the next positions.
 
     Args:
@@ -214,7 +217,7 @@ class DecoderBlock(nn.Module):
     x: Float[Array, 'batch 1 embed'],
     text: TextKeysValues | None,
     text_mask: Bool[Array, 'batch 1 1 text_length'],
-    cache: attention.KeysValues,
+    cache: attention_cache.KeysValues,
     position: Int[Array, ''] | Int[Array, 'batch'],
     pattern: attention_patterns.AttentionPattern,
     query: Float[Array, 'batch 1 heads head_dim'],
@@ -233,7 +236,7 @@ class DecoderBlock(nn.Module):
     x: Float[Array, 'batch length embed'],
     text: TextKeysValues | None,
     text_mask: Bool[Array, 'batch 1 1 text_length'],
-    cache: attention.KeysValues,
+    cache: attention_cache.KeysValues,
     position: Int[Array, 'batch'],
     pattern: attention_patterns.AttentionPattern,
     query: Float[Array, 'batch length heads head_dim'],
@@ -286,7 +289,7 @@ class DecoderBlock(nn.Module):
 
   def _prefix(
     self, text: TextKeysValues | None, text_mask: Bool[Array, 'batch 1 1 text_length']
-  ) -> Sequence[attention.Part]:
+  ) -> Sequence[attention_cache.Part]:
     """Returns what self-attention attends to besides image tokens."""
     return () if self.options.cross_attention or text is None else ((*text, text_mask),)
 
@@ -510,7 +513,7 @@ class Decoder(nn.Module):
     if int8_cache:
       texts = [jax.tree.map(quantization.quantize_vectors, text) for text in texts]
     kv_heads = self.heads if self.options.kv_heads is None else self.options.kv_heads
-    caches: list[attention.KeysValues] = []
+    caches: list[attention_cache.KeysValues] = []
     for number in range(self.num_layers):
       num_slots = self.patterns[number % len(self.patterns)].num_slots(length)
       shape = (encoded.shape[0], kv_heads, num_slots, self.width // self.heads)

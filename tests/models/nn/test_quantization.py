@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from parti_jax.models.nn import attention
+from parti_jax.models.nn import attention_cache
 from parti_jax.models.nn import layers
 from parti_jax.models.nn import quantization
 from parti_jax.partitioning import mesh as mesh_lib
@@ -110,7 +110,10 @@ def test_keys_and_values_of_a_text_are_converted_in_the_loop(platform, monkeypat
   text = quantization.quantize_vectors(kernel_of((2, 3, 5, 6)))
 
   def repeated(query):
-    attend = lambda query, _: (attention.attend_cached(query, text, text, jnp.ones(5, bool)), None)
+    attend = lambda query, _: (
+      attention_cache.attend_cached(query, text, text, jnp.ones(5, bool)),
+      None,
+    )
     return jax.lax.scan(attend, query, length=3)
 
   found = str(jax.make_jaxpr(repeated)(jnp.ones((2, 1, 3, 6))))
