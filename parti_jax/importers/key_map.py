@@ -211,8 +211,9 @@ def convert(
 
 
 def _finite(name: str, stored: Mapping[str, StoredArray]) -> np.ndarray:
-  """Reads an array; raises UserError if it has values that are not finite."""
-  found = np.asarray(stored[name].read())
+  """Reads an array as float32; raises UserError if it has values that are not finite."""
+  with np.errstate(over='ignore'):
+    found = np.asarray(stored[name].read(), np.float32)
   if not np.all(np.isfinite(found)):
     raise UserError(
       f'the array {name} has values that are not finite; download the file again, and give other '

@@ -90,8 +90,8 @@ def test_what_does_not_fit_is_named(changes, named):
 
 
 class _Values:
-  def __init__(self, values):
-    self.values = np.float32(values)
+  def __init__(self, values, dtype=np.float32):
+    self.values = np.asarray(values, dtype)
     self.shape, self.dtype = self.values.shape, self.values.dtype
 
   def read(self):
@@ -99,9 +99,11 @@ class _Values:
 
 
 @pytest.mark.parametrize('bad', ['layers.0', 'layers.1'])
-@pytest.mark.parametrize('value', [np.nan, np.inf])
+@pytest.mark.parametrize('value', [np.nan, np.inf, 1e300])
+@pytest.mark.filterwarnings('error')
 def test_values_that_are_not_finite_are_named(bad, value):
-  stored = {f'layers.{layer}': _Values([1, 2]) for layer in range(2)} | {bad: _Values([1, value])}
+  stored = {f'layers.{layer}': _Values([1, 2]) for layer in range(2)}
+  stored |= {bad: _Values([1, value], np.float64)}
   (found,) = key_map.convert({'ours': key_map.layers('layers.{}', 2)}, stored).values()
   with pytest.raises(UserError, match=f'the array {bad} has values that are not finite'):
     np.asarray(found)
