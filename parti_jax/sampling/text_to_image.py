@@ -788,7 +788,7 @@ class TextToImage:
     total = np.where(editing.after_hole(asked.kept), found, 0.0).sum(axis=-1)
     of_picture = total.reshape(shape[0], -1, asked.best_of)
     first = np.arange(of_picture.shape[1]) * asked.best_of
-    best = first + np.argmax(of_picture, axis=-1)
+    best = (first + np.argmax(of_picture, axis=-1)).astype(np.int32)
     return _chosen(dataclasses.replace(result, likelihoods=total), best)
 
   def _sample(

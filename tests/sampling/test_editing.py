@@ -188,7 +188,7 @@ def test_a_mask_takes_every_patch_that_it_touches(model, picture):
   mask = np.zeros((16, 16), bool)
   mask[3:5, 9] = True  # Rows 0 and 1, column 2.
   own = model.tokenize(picture[None])[0]
-  result = model.generate('red apple', 6, image=picture, mask=mask)
+  result = model.generate('red apple', 6, image=picture, mask=mask, temperature=5)
   assert np.flatnonzero(~result.kept[0, 0]).tolist() == [2, 6]
   assert np.all((result.tokens == own)[result.kept])
   assert len(np.unique(result.tokens[0][:, [2, 6]], axis=0)) > 1
@@ -241,7 +241,9 @@ def reference_likelihoods(model, texts, tokens):
   """Log-likelihoods of image tokens by the whole network, as in training."""
   loaded = model_folder.load(model)
   network = parti.Parti(loaded.generator_config)
-  logits = network.apply({'params': loaded.generator_params}, texts, tokens)
+  logits = network.apply(
+    {'params': loaded.generator_params}, jnp.asarray(texts), jnp.asarray(tokens)
+  )
   return np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), tokens[..., None], -1)[..., 0]
 
 
@@ -258,11 +260,12 @@ def test_likelihood_is_that_of_the_network(model, folder, picture):
 
 
 def test_the_best_of_several_fits_what_follows(model, folder, picture):
-  edited = {'seed': 2, 'image': picture, 'keep': 'bottom:0.5'}
+  edited = {'seed': 2, 'image': picture, 'keep': 'bottom:0.5', 'temperature': 5}
   best = model.generate('red apple', 2, best_of=3, **edited)
   candidates = model.generate('red apple', 6, **edited)
   text = np.repeat(model.encode_prompts(['red apple']), 6, axis=0)
   after = reference_likelihoods(folder, text, candidates.tokens[0])[:, 8:].sum(axis=1)
+  assert len(np.unique(after)) == 6
   chosen = [int(np.argmax(after[:3])), 3 + int(np.argmax(after[3:]))]
   assert best.image_index.tolist() == [chosen]
   np.testing.assert_array_equal(best.images[0], candidates.images[0, chosen])
