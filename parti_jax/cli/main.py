@@ -35,6 +35,7 @@ COMMANDS = {
     "draw for other programs, which ask by HTTP as they ask OpenAI's images endpoint",
   ),
   'ui': ('parti_jax.cli.ui', 'show a page in the browser on which to draw'),
+  'upscale': ('parti_jax.cli.upscale', 'enlarge picture files with super-resolution'),
   'train': ('parti_jax.cli.train', 'train a model with the objective that the gin files select'),
   'own_pictures': (
     'parti_jax.cli.own_pictures',

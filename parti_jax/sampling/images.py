@@ -256,15 +256,16 @@ def png(image: UInt8[np.ndarray, 'height width 3'], metadata: dict[str, str]) ->
 
 def _free_path(folder: pathlib.Path, name: str, metadata: dict[str, str]) -> pathlib.Path:
   """Returns the first path that is free or whose file has this metadata, except the software."""
-  identity = {key: value for key, value in metadata.items() if key != 'software'}
   paths = (
     folder / (f'{name}.png' if number == 1 else f'{name}_{number}.png')
     for number in itertools.count(1)
   )
-  return next(path for path in paths if not os.path.lexists(path) or _has_metadata(path, identity))
+  return next(path for path in paths if not os.path.lexists(path) or is_saved(path, metadata))
 
 
-def _has_metadata(path: pathlib.Path, expected: dict[str, str]) -> bool:
+def is_saved(path: pathlib.Path, metadata: dict[str, str]) -> bool:
+  """Returns whether a file is a whole PNG with this metadata, written by any version of the software."""
+  expected = {key: value for key, value in _stored(metadata).items() if key != 'software'}
   found = read_metadata(path)
   return found is not None and {key: found.get(key) for key in expected} == expected
 
