@@ -14,6 +14,7 @@ from typing import Any
 import tqdm
 
 from parti_jax.cli import importable_parts
+from parti_jax.core import fingerprints
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
 from parti_jax.data import dalle_mini_texts
@@ -168,7 +169,8 @@ def run(args: argparse.Namespace) -> int:
     origin = {args.part: _origin(args, given) | dict(found.origin(given, config))}
     if whole:
       tokenizer = given.image_tokenizer
-      assert tokenizer is not None
+      assert tokenizer is not None and path is not None
+      own = {'tokenizer': tokenizer.fingerprint}
       folder = model_folder.save(
         args.output_dir,
         generator_config=config,
@@ -180,6 +182,10 @@ def run(args: argparse.Namespace) -> int:
         provenance=origin | tokenizer.origin | dict(found.provenance(given)),
         dtype=args.dtype,
         overwrite=args.overwrite,
+        made_with={
+          'generator': own | {'vocabulary': fingerprints.of_vocabulary(path.read_bytes())},
+          'tokenizer': own,
+        },
       )
     else:
       how = found.preprocessing(given, config)

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import flax.traverse_util
 
 from parti_jax.core import checks
+from parti_jax.core import fingerprints
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
 from parti_jax.data import class_names
@@ -45,6 +46,7 @@ from parti_jax.importers import t5
 from parti_jax.importers import tokenizer_files
 from parti_jax.importers import vqgan
 from parti_jax.models import generators
+from parti_jax.models import image_tokenizers
 from parti_jax.models import text_encoders
 from parti_jax.sampling import ranking
 
@@ -109,11 +111,14 @@ class ImageTokenizer(NamedTuple):
     params: its parameters, a tree of arrays that are read when they are used.
     origin: what a folder keeps about its origin, by keys as `model_folder.part_provenance` returns
       them.
+    fingerprint: its fingerprint. That of a folder is the folder's, because stored parameters may be
+      rounded.
   """
 
   config: Any
   params: Any
   origin: dict[str, Any]
+  fingerprint: str
 
 
 class TokenizerFile(NamedTuple):
@@ -253,7 +258,8 @@ def _image_tokenizer(path: str, found: Format, generator: Given) -> ImageTokeniz
       raise UserError(f'--image_size is for weights; {path} says it for itself')
     part = model_folder.load_part('tokenizer', path)
     origin = model_folder.part_provenance('tokenizer', path)
-    return ImageTokenizer(part.config, part.params, origin)
+    fingerprint = part.made_with.get('tokenizer') or _fingerprint(part.config, part.params)
+    return ImageTokenizer(part.config, part.params, origin, fingerprint)
   storage.check_local(path)
   assert found.image_tokenizer is not None
   weights = files.open_weights([path])
@@ -261,7 +267,12 @@ def _image_tokenizer(path: str, found: Format, generator: Given) -> ImageTokeniz
     generator, weights=weights, file_format=found.image_tokenizer, config=None
   )
   network = opened('tokenizer', PARTS['tokenizer'].formats[given.file_format], given)
-  return ImageTokenizer(network.config, network.params(), {'tokenizer': origin_of(given)})
+  params, origin = network.params(), {'tokenizer': origin_of(given)}
+  return ImageTokenizer(network.config, params, origin, _fingerprint(network.config, params))
+
+
+def _fingerprint(config: Any, params: Any) -> str:
+  return fingerprints.of_tokenizer(params, image_tokenizers.token_settings(config))
 
 
 class Opened(NamedTuple):

@@ -1,6 +1,7 @@
 """DALL·E mini from elsewhere: import, generate in all ways, train further, export."""
 
 import json
+import shutil
 
 import flax.serialization
 import flax.traverse_util
@@ -121,6 +122,43 @@ def test_the_image_tokenizer_may_have_been_imported_before(sources, model, tmp_p
   origin = json.loads((tmp_path / 'model' / 'config.json').read_text())['provenance']
   assert origin['tokenizer']['licence'] == 'MIT'
   assert origin['generator']['text_normalizer'] == 'dalle_mini'
+
+
+def test_files_of_another_model_are_refused(sources, model, tmp_path):
+  """The folder's files belong together; their sizes alone don't say so."""
+  changed = tmp_path / 'changed'
+  shutil.copytree(model, changed)
+  vocabulary = (model / 'vocabulary.model').read_bytes()
+  other = vocabulary.replace(
+    b'"parti_jax_normalizer": "min_dalle"', b'"parti_jax_normalizer": "dalle_mini"'
+  )
+  assert other != vocabulary
+  (changed / 'vocabulary.model').write_bytes(other)
+  with pytest.raises(UserError, match='the generator was made with the vocabulary'):
+    model_folder.load(changed)
+  (changed / 'vocabulary.model').write_bytes(vocabulary)
+  rounded = tmp_path / 'rounded'
+  weights = str(sources / 'vqgan' / 'flax_model.msgpack')
+  command = ['import', 'tokenizer', weights, '--format=dalle-mini', '--image_size=8']
+  assert main.main([*command, f'--output_dir={rounded}', '--dtype=bfloat16']) == 0
+  own = model_folder.load_part('tokenizer', rounded).made_with['tokenizer']
+  # Rounded when it is stored, as `tokenize` and `import generator` then read it.
+  command = ['import', 'generator', str(sources / 'dalle_mini'), '--format=dalle-mini']
+  command += [f'--tokenizer={rounded}', f'--output_dir={tmp_path / "model"}']
+  assert main.main(command) == 0
+  found = model_folder.load(tmp_path / 'model').made_with
+  assert found['tokenizer']['tokenizer'] == found['generator']['tokenizer'] == own
+  draw = np.random.default_rng(1)
+  params = jax.tree.map(
+    lambda leaf: draw.normal(size=leaf.shape).astype(np.float32),
+    model_folder.load(model).tokenizer_params,
+  )
+  another = tmp_path / 'another'
+  part = model_folder.Part(VQGAN, params)
+  model_folder.save_part(another, 'tokenizer', part, {'tokenizer': 'random'})
+  shutil.copy(another / 'tokenizer.safetensors', changed)
+  with pytest.raises(UserError, match='the generator was made with the tokenizer'):
+    model_folder.load(changed)
 
 
 def test_files_of_min_dalle_give_the_same_model(sources, model, tmp_path):
