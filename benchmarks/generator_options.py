@@ -26,6 +26,7 @@ MUON = ['--gin.train.optimizer=@muon', '--gin.muon.weight_decay=0.05']
 Z_LOSS = ['--gin.GeneratorObjective.z_loss_weight=1e-4']
 SMOOTHING = ['--gin.GeneratorObjective.label_smoothing=0.1']
 AVERAGE = ['--gin.GeneratorObjective.ema=0.99']
+QK_NORM = ['--gin.PartiConfig.qk_norm=True']
 # Name of a row -> its flags. The others have the first one's optimizer unless they name one.
 OPTIONS = {
   'AdamW': [],
@@ -34,6 +35,7 @@ OPTIONS = {
   'z-loss 1e-4': Z_LOSS,
   'label smoothing 0.1': SMOOTHING,
   'average 0.99': AVERAGE,
+  'QK-norm': QK_NORM,
   'Muon, z-loss, average': [*MUON, *Z_LOSS, *AVERAGE],
 }
 
