@@ -106,7 +106,7 @@ def test_the_other_side_of_guidance(name):
   config, params, texts = of_kind(name)
   guided = decoding.Sampling(guidance_scale=2.5, guided=True)
   plain = draw(config, params, texts, guided)
-  empty = np.asarray(generators.empty_text(config, texts))
+  empty = np.asarray(generators.empty_text(config, jnp.asarray(texts)))
   np.testing.assert_array_equal(
     draw(config, params, texts, guided, decoding.Steering(others=empty)), plain
   )
@@ -242,7 +242,9 @@ def reference_likelihoods(model, texts, tokens):
   loaded = model_folder.load(model)
   network = parti.Parti(loaded.generator_config)
   logits = network.apply(
-    {'params': loaded.generator_params}, jnp.asarray(texts), jnp.asarray(tokens)
+    {'params': jax.tree.map(np.asarray, loaded.generator_params)},
+    jnp.asarray(texts),
+    jnp.asarray(tokens),
   )
   return np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), tokens[..., None], -1)[..., 0]
 
@@ -256,7 +258,7 @@ def test_likelihood_is_that_of_the_network(model, folder, picture):
   for row, text in enumerate(model.encode_prompts(prompts)):
     expected = reference_likelihoods(folder, np.stack([text, text]), tokens).mean(axis=1)
     np.testing.assert_allclose(found[row], expected, rtol=1e-5)
-  np.testing.assert_allclose(model.likelihood('red apple', picture), found[:1, :1], rtol=1e-6)
+  np.testing.assert_allclose(model.likelihood('red apple', picture), found[:1, :1], rtol=1e-5)
 
 
 def test_the_best_of_several_fits_what_follows(model, folder, picture):
