@@ -163,7 +163,14 @@ def test_greedy_tokens_are_those_of_the_formulas_however_they_are_sampled(texts,
   batch = slots.begin(
     sampling, jnp.zeros_like(texts_in), config=config, guided=scale != 1, cache='float'
   )
-  encoded = slots.encode(sampling, texts_in, config=config, guided=scale != 1, cache='float')
+  encoded = slots.encode(
+    sampling,
+    texts_in,
+    jnp.full_like(texts_in, -1),
+    config=config,
+    guided=scale != 1,
+    cache='float',
+  )
   batch = slots.insert(jnp.arange(2), batch, encoded)
   requests = slots.Requests.empty(2, 9)
   for slot in range(2):
