@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -217,6 +218,13 @@ def _check_flags(args: argparse.Namespace) -> None:
     storage.check_can_write(f'--statistics={args.statistics}', args.statistics)
     if pathlib.Path(args.statistics).suffix != '.npz':
       raise UserError(f'--statistics {args.statistics} must end in .npz')
+    if not pathlib.Path(args.statistics).absolute().parent.is_dir():
+      raise UserError(f'--statistics {args.statistics}: its folder does not exist; create it first')
+    for name, path in (('SAMPLES', args.samples), ('--reference', args.reference)):
+      if path is not None and os.path.realpath(path) == os.path.realpath(args.statistics):
+        raise UserError(
+          f'--statistics {args.statistics} would replace {name}, the same file; choose another name'
+        )
   check_network(args)
 
 

@@ -56,12 +56,7 @@ class Store:
     text = np.frombuffer(json.dumps(facts).encode(), np.uint8)
     content: dict[str, Any] = {**arrays, _FACTS: text}
     np.savez(buffer, **content)
-    try:
-      output_folder.write(self._path(index), buffer.getvalue())
-    except OSError as error:
-      raise UserError(
-        f'{self._path(index)} cannot be written ({error.strerror or error})'
-      ) from error
+    output_folder.write(self._path(index), buffer.getvalue())
 
   @property
   def count(self) -> int | None:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pathlib
+import secrets
 import tempfile
 from collections.abc import Callable
 from collections.abc import Mapping
@@ -67,13 +68,21 @@ def claim(folder: pathlib.Path, run: Mapping[str, object]):
 
 
 def write(path: pathlib.Path, content: bytes):
-  """Writes a file atomically, by renaming a temporary file."""
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+  """Writes a file atomically, by renaming a temporary file.
+
+  Raises:
+    UserError: it can't be written.
+  """
+  # Processes on several hosts may share the folder and have the same id.
+  temporary = path.with_name(f'.{path.name}.{os.getpid()}.{secrets.token_hex(4)}')
   try:
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
+    try:
+      temporary.write_bytes(content)
+      os.replace(temporary, path)
+    finally:
+      temporary.unlink(missing_ok=True)
+  except OSError as error:
+    raise UserError(f'{path} cannot be written ({error.strerror or error})') from error
 
 
 def png(page: Image.Image) -> bytes:

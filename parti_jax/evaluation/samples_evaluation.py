@@ -102,9 +102,16 @@ def _gaussian(
     raise UserError(
       f'{path}: {mean} {shapes[0]} and {covariance} {shapes[1]} are not a mean and a covariance'
     )
+  for name in (mean, covariance):
+    if arrays[name].dtype.kind not in 'fiu':
+      raise UserError(f'{path}: {name} is {arrays[name].dtype}; expected real numbers')
   values = [arrays[name].read().astype(np.float64) for name in (mean, covariance)]
   if not all(np.all(np.isfinite(array)) for array in values):
     raise UserError(f'{path}: {mean} or {covariance} has values that are not finite')
+  if not frechet.is_covariance(values[1]):
+    raise UserError(
+      f"{path}: {covariance} is not a covariance, since it isn't symmetric or has negative eigenvalues"
+    )
   return frechet.Gaussian(*values)
 
 

@@ -111,6 +111,6 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     raise OSError('disk full')
 
   monkeypatch.setattr(output_folder.os, 'replace', fail)
-  with pytest.raises(OSError):
+  with pytest.raises(UserError, match='report.md cannot be written .disk full'):
     output_folder.write(path, b'new')
   assert path.read_text() == 'old' and list(tmp_path.iterdir()) == [path]

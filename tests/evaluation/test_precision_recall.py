@@ -75,3 +75,13 @@ def test_agrees_with_torch_fidelity():
   )
   found = lib.precision_recall(generated, real)
   assert (found.precision, found.recall) == pytest.approx((precision, recall))
+
+
+@pytest.mark.parametrize('seed', range(20))
+def test_points_on_the_surface_of_a_ball_are_inside(seed):
+  rng = np.random.default_rng(seed)
+  # Distances of integers are exact, and many are equal.
+  generated = 100.0 + rng.integers(0, 4, (rng.integers(4, 30), 2))
+  real = 100.0 + rng.integers(0, 4, (rng.integers(4, 30), 2))
+  found = lib.precision_recall(generated, real)
+  assert (found.precision, found.recall) == pytest.approx(by_definition(generated, real, 3))

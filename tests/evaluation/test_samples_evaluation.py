@@ -1,7 +1,9 @@
 """ADM's protocol against independent copies of its formulas, and how its command goes on."""
 
+import errno
 import functools
 import json
+import pathlib
 import socket
 import subprocess
 import sys
@@ -264,6 +266,59 @@ def test_other_files_are_refused(tmp_path, arrays, named):
     picture_sets.open_path(str(tmp_path / 'nowhere'))
 
 
+@pytest.mark.parametrize(
+  'arrays, named',
+  [
+    ({'mu': np.array(list('abcde'))}, 'mu is <U1; expected real numbers'),
+    ({'mu': np.zeros(5, complex)}, 'mu is complex128'),
+    ({'sigma': -np.eye(5)}, 'sigma is not a covariance'),
+    ({'sigma': np.eye(5) + np.triu(np.ones((5, 5)), 1)}, 'sigma is not a covariance'),
+    ({'sigma': np.eye(5) + 1.5 * (1 - np.eye(5))}, 'sigma is not a covariance'),
+    ({'mu_s': np.zeros(6), 'sigma_s': -np.eye(6)}, 'sigma_s is not a covariance'),
+    ({'mu': np.full(5, np.nan)}, 'not finite'),
+  ],
+)
+def test_damaged_statistics_are_refused(tmp_path, arrays, named):
+  path = tmp_path / 'r.npz'
+  np.savez(path, **{'mu': np.zeros(5), 'sigma': np.eye(5), **arrays})
+  with pytest.raises(UserError, match=named):
+    samples_evaluation.open_reference(str(path))
+
+
+def test_statistics_of_few_pictures_in_float32_are_no_damage(tmp_path):
+  rows = np.random.default_rng(0).normal(size=(8, 200)) * 3 + 100
+  mean, covariance = _statistics(rows)
+  path = tmp_path / 'r.npz'
+  np.savez(path, mu=mean.astype(np.float32), sigma=covariance.astype(np.float32))
+  assert len(samples_evaluation.open_reference(str(path)).statistics['values'].mean) == 200
+
+
+def test_other_pictures_in_files_of_the_same_size_are_another_set(tmp_path):
+  """Features of the old ones must not pass for those of the new ones."""
+  found = []
+  for number, seed in enumerate((0, 1, 0)):
+    folder = _made_folder(tmp_path / str(number))
+    for index, image in enumerate(_images(seed, 3)):
+      Image.fromarray(image).save(folder / f'{index}.png', compress_level=0)
+    sizes = {path.stat().st_size for path in folder.iterdir()}
+    found.append((picture_sets.open_path(str(folder)).identity(), sizes))
+  assert found[0][1] == found[1][1]
+  assert found[0] == found[2] and found[0][0] != found[1][0]
+
+
+def test_a_full_disk_is_told(tmp_path, monkeypatch):
+  def full(self, content):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  store = feature_blocks.Store(tmp_path, 'samples')
+  monkeypatch.setattr(pathlib.Path, 'write_bytes', full)
+  with pytest.raises(UserError, match='samples_000003.npz cannot be written .No space'):
+    store.write(3, {'values': np.zeros((2, 2))}, {})
+  with pytest.raises(UserError, match='samples_end.json cannot be written .No space'):
+    store.count = 4
+  assert not list((tmp_path / 'features').iterdir())
+
+
 def test_samples_sorted_by_class_are_warned_of(tmp_path, monkeypatch):
   monkeypatch.setattr(inception_score, 'PART', 30)
   reference = _save(tmp_path / 'r.npz', REAL)
@@ -314,6 +369,9 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     ([*command[1:3], '--image_size=0'], '--image_size'),
     (['large.npz', command[2]], 'large.npz has pictures of 9×9 pixels, but reference.npz of 16×16'),
     ([*command[1:3], '--statistics=own.txt'], 'must end in .npz'),
+    ([*command[1:3], '--statistics=./samples.npz'], 'would replace SAMPLES, the same file'),
+    ([*command[1:3], '--statistics=reference.npz'], 'would replace --reference, the same file'),
+    ([*command[1:3], '--statistics=nowhere/own.npz'], 'its folder does not exist'),
   ):
     assert main.main(['evaluate_samples', *flags]) == 2
     assert message in capsys.readouterr().err

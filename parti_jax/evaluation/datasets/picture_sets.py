@@ -13,6 +13,7 @@ import collections
 import dataclasses
 import hashlib
 import itertools
+import os
 import pathlib
 from collections.abc import Callable
 from collections.abc import Iterable
@@ -36,6 +37,9 @@ from parti_jax.importers import npz_files
 # Pictures in a block.
 BLOCK = 250
 RESIZE_FILTER = 'bicubic with antialiasing, by Pillow'
+# Last bytes of a file that tell its content from another of the same size: they have the end of a
+# JPEG's pixels, and the checksums of a PNG's.
+_TAIL = 64
 # Names that tell statistics from pictures in an .npz.
 _PICTURES, _CLASSES = 'arr_0', 'arr_1'
 
@@ -209,8 +213,11 @@ class FolderSet(_Encoded):
       return None
 
   def identity(self) -> str:
-    sizes = (f'{path.relative_to(self._folder)}\n{path.stat().st_size}\n' for path in self._files)
-    return _digest(b'folder\n' + ''.join(sizes).encode('utf-8', 'surrogateescape'))
+    parts = [b'folder']
+    for path in self._files:
+      name = os.fsencode(path.relative_to(self._folder))
+      parts += [name, *_size_and_tail(path)]
+    return _digest(b'\n'.join(parts))
 
   def items(self) -> Iterator[pathlib.Path]:
     yield from self._files
@@ -347,6 +354,17 @@ def _decoded(place: str, content: Iterable[bytes | Damaged], size: int | None) -
     images.append(image)
   stacked = np.stack(images) if images else np.zeros((0, size or 1, size or 1, 3), np.uint8)
   return _block(stacked, dict(skipped), tuple(sorted(formats)), resized)
+
+
+def _size_and_tail(path: pathlib.Path) -> tuple[bytes, bytes]:
+  """Returns the size of a file in digits, and its last bytes in hexadecimal."""
+  try:
+    with path.open('rb') as file:
+      size = file.seek(0, os.SEEK_END)
+      file.seek(max(0, size - _TAIL))
+      return str(size).encode(), file.read().hex().encode()
+  except OSError:
+    return b'unreadable', b''
 
 
 def _size(content: bytes) -> tuple[int, int]:

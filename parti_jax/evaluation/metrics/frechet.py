@@ -18,6 +18,9 @@ import numpy as np
 from jaxtyping import Float
 from jaxtyping import Float64
 
+# Share of a covariance's largest entry that may be rounding in a file.
+_ROUNDING = 1e-5
+
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
@@ -80,6 +83,15 @@ class Gaussian:
     if features.ndim != 2 or len(features) < 2:
       raise ValueError(f'features are {list(features.shape)}; at least two pictures are needed')
     return Moments.of(features).gaussian()
+
+
+def is_covariance(matrix: Float64[np.ndarray, 'dim dim']) -> bool:
+  """Returns whether a finite matrix is symmetric and has no negative eigenvalue, but for rounding."""
+  # Statistics may have been computed and stored in float32, and from fewer pictures than features.
+  most = _ROUNDING * np.abs(matrix).max(initial=0.0)
+  if np.abs(matrix - matrix.T).max(initial=0.0) > most:
+    return False
+  return bool(np.linalg.eigvalsh(_symmetric(matrix)).min(initial=0.0) >= -len(matrix) * most)
 
 
 def distance(one: Gaussian, other: Gaussian) -> float:

@@ -19,7 +19,8 @@ NEIGHBOURS = 3
 
 # Bytes of distances held at once.
 _BLOCK_BYTES = 1 << 27
-# Squared distances below this share of the largest squared norm are rounding errors, set to 0.
+# Squared distances below this share of the largest squared norm are rounding errors, set to 0, and so
+# are such differences of them.
 _ROUNDING = 1e-13
 
 
@@ -85,6 +86,9 @@ def _share_inside(
   squared_radii: Float64[np.ndarray, 'balls'],
 ) -> float:
   """Returns the share of points that lie in any of the balls."""
+  # A point on the surface of a ball is inside, whatever rounding makes of its distance.
+  norms = np.einsum('pd,pd->p', centres, centres)
+  squared_radii = squared_radii + _ROUNDING * norms.max()
   inside = [
     (distances <= squared_radii).any(axis=1) for _, distances in _squared_distances(points, centres)
   ]
