@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import pathlib
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import parti_jax
@@ -365,7 +364,7 @@ def _captions(args: argparse.Namespace, shared: _Shared):
     real=lambda: shared.real,
     **sampling,
   )
-  for name, found in _measurements(args, report, captioned.captions, extractors).items():
+  for name, found in _measurements(args, report, shared).items():
     output_folder.write(folder / name, found.json().encode())
   pages = {}
   if shown.captions:
@@ -381,12 +380,11 @@ def _captions(args: argparse.Namespace, shared: _Shared):
 def _measurements(
   args: argparse.Namespace,
   report: captions_evaluation.Report,
-  captions: Sequence[str],
-  extractors: Sequence[features.Extractor],
+  shared: _Shared,
 ) -> dict[str, measurement.Measurement]:
   """Returns {file name: the generated pictures' row over a kind of features, for comparisons}."""
   found = {}
-  for table, extractor in zip(report.distributions, extractors):
+  for table, extractor in zip(report.distributions, shared.extractors):
     inception = isinstance(extractor, features.Inception)
     weights = (
       extractor.digest
@@ -401,9 +399,10 @@ def _measurements(
       {
         'dataset': report.dataset,
         'captions': report.captions,
-        'digest': output_folder.fingerprint(*(text.encode() for text in captions)),
+        'digest': output_folder.fingerprint(*(text.encode() for text in shared.captioned.captions)),
         'pictures': row.pictures,
         'real_pictures': row.real,
+        'real_digest': shared.real.digests[extractor.image_size],
         'picture_size': extractor.image_size,
         'resize': 'as its authors' if extractor.resizes else resize,
         'compression': 'lossless',
@@ -466,11 +465,10 @@ def _rejection(args: argparse.Namespace, shared: _Shared) -> int:
     report, sampling={**report.sampling, **sampling_flags.given_precision(args)}
   )
   print(report.text())
-  for name, content in (
-    ('rejection.png', output_folder.png(report.picture())),
-    ('rejection.md', report.markdown().encode()),
-    ('rejection.json', report.json().encode()),
-  ):
+  picture = report.picture()
+  files = {} if picture is None else {'rejection.png': output_folder.png(picture)}
+  files |= {'rejection.md': report.markdown().encode(), 'rejection.json': report.json().encode()}
+  for name, content in files.items():
     output_folder.write(folder / name, content)
     print(folder / name)
   return 0

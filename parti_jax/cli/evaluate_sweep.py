@@ -15,8 +15,10 @@ from typing import Any
 
 from parti_jax.cli import sampling_flags
 from parti_jax.core.errors import UserError
+from parti_jax.evaluation import measurement
 from parti_jax.evaluation import output_folder
 from parti_jax.evaluation import sweep
+from parti_jax.evaluation.metrics import features
 from parti_jax.exported_model import sampling_settings
 
 _DEFAULTS = sampling_settings.SamplingSettings()
@@ -153,7 +155,7 @@ def run(
   points = _points(args.sweep)
   reports = []
   for number, chosen in enumerate(points, 1):
-    name = ','.join(f'{key}={sweep.value_text(value)}' for key, value in chosen.items())
+    name = _name(chosen)
     place = folder / 'points' / name
     if not (place / _REPORT).exists():
       print(f'point {number} of {len(points)}: {name}')
@@ -161,6 +163,7 @@ def run(
         argparse.Namespace(**(vars(args) | chosen | {'output_dir': str(place), 'sweep': None}))
       )
     reports.append((chosen, _read(place / _REPORT)))
+  _check_protocols([folder / 'points' / _name(chosen) for chosen in points])
   report = sweep.Report(args.sweep, claim, sweep.curves(reports))
   print(report.text())
   picture = report.picture()
@@ -172,6 +175,29 @@ def run(
   return 0
 
 
+def _name(chosen: Mapping[str, Any]) -> str:
+  """Returns the name of a point's folder."""
+  return ','.join(f'{key}={sweep.value_text(value)}' for key, value in chosen.items())
+
+
+def _check_protocols(places: Sequence[pathlib.Path]) -> None:
+  """Raises UserError if measurements of points were made by unlike protocols.
+
+  Real pictures, for example, may have been replaced between two runs of a sweep.
+  """
+  first: dict[str, tuple[pathlib.Path, measurement.Measurement]] = {}
+  for place in places:
+    for path in sorted(place.glob('measurement*.json')):
+      found = measurement.read(str(path))
+      other, expected = first.setdefault(path.name, (path, found))
+      if different := measurement.differences(expected.protocol, found.protocol):
+        raise UserError(
+          f'{other} and {path} were not measured by the same protocol; they differ in '
+          f'{", ".join(different)}. Delete the folder of the point that is out of date, and the sweep '
+          'evaluates it again'
+        )
+
+
 def _claim(args: argparse.Namespace, shared) -> dict[str, Any]:
   """Returns what the points depend on, except the settings that vary."""
   sampling = sampling_flags.overriding(args)
@@ -181,6 +207,9 @@ def _claim(args: argparse.Namespace, shared) -> dict[str, Any]:
     'model': output_folder.model_fingerprint(args.model),
     'ranker': output_folder.ranker_fingerprint(args.ranker),
     'features': [extractor.name for extractor in shared.extractors],
+    'inception_weights': next(
+      (found.digest for found in shared.extractors if isinstance(found, features.Inception)), None
+    ),
   }
   if args.dataset != 'openmoji':
     captions = shared.captioned.captions

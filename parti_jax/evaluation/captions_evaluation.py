@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import dataclasses
+import hashlib
 import json
 import pathlib
 import sys
@@ -226,6 +227,7 @@ class RealPictures:
   Attributes:
     reasons: for each picture the reason why it can't be used, or ''.
     features: for each extractor, features of the pictures and of their reconstructions.
+    digests: size -> SHA-256 of the pixels of the usable pictures in that size.
     shown: index -> picture, of the first extractor's size, for some.
   """
 
@@ -245,7 +247,10 @@ class RealPictures:
     parts: list[tuple[list[features_lib.Features], list[features_lib.Features]]] = [
       ([], []) for _ in extractors
     ]
+    digests = {size: hashlib.sha256() for size in sizes}
     for images in _decoded(captioned.pictures, sizes, self.reasons, progress):
+      for size, digest in digests.items():
+        digest.update(np.ascontiguousarray(images[size]))
       usable = [index for index, reason in enumerate(self.reasons) if not reason]
       for index, image in zip(usable[-len(images[sizes[0]]) :], images[sizes[0]]):
         if index in shown:
@@ -259,6 +264,7 @@ class RealPictures:
         f'--pictures: none of {len(self.reasons):,} pictures can be used '
         f'(the first: {self.reasons[0]})'
       )
+    self.digests = {size: digest.hexdigest() for size, digest in digests.items()}
     self.features = [
       (features_lib.concatenated(real), features_lib.concatenated(through))
       for real, through in parts

@@ -168,16 +168,23 @@ class Report:
       json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + '\n'
     )
 
-  def picture(self) -> Image.Image:
-    """Draws the distance against the alignment, with a label for each share."""
+  def picture(self) -> Image.Image | None:
+    """Draws the distance against the alignment, with a label for each share.
+
+    Returns:
+      The picture; None if there are no distances, which need two pictures.
+    """
     panels = []
     for table in self.tables:
       points = []
       for share in table.shares:
-        assert share.row.frechet_distance is not None
+        if share.row.frechet_distance is None:
+          continue
         alignment = share.row.alignment
         x, error = (share.share, None) if alignment is None else (alignment.mean, alignment.error)
         points.append(line_chart.Point(x, share.row.frechet_distance, f'{share.share:g}', error))
+      if not points:
+        continue
       aligned = table.shares[0].row.alignment is not None
       panels.append(
         line_chart.Panel(
@@ -187,7 +194,7 @@ class Report:
           {'': points},
         )
       )
-    return line_chart.draw(panels)
+    return line_chart.draw(panels) if panels else None
 
 
 def check_ranker(model) -> None:

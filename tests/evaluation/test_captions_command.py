@@ -1,6 +1,7 @@
 """Tests of `parti-jax evaluate --dataset=coco`, with a fake pipeline and small files."""
 
 import argparse
+import hashlib
 import json
 import tarfile
 import warnings
@@ -13,6 +14,7 @@ from PIL import Image
 import parti_jax
 from parti_jax.cli import evaluate
 from parti_jax.core.errors import UserError
+from parti_jax.data import image_decoding
 from parti_jax.evaluation import measurement
 from parti_jax.evaluation.datasets import picture_shards
 from parti_jax.evaluation.metrics import features
@@ -88,6 +90,11 @@ def test_reports_pictures_and_sheet(pipeline, flags, tmp_path, capsys):
   assert measured.values['frechet_distance'].value == generated['frechet_distance']
   assert measured.values['alignment'].error == generated['alignment']['error']
   assert measured.protocol['captions'] == PICTURES
+  digest = hashlib.sha256()
+  for identity in range(PICTURES):
+    data = (tmp_path / 'val2014' / f'{identity}.png').read_bytes()
+    digest.update(image_decoding.decode(data, fakes.SIZE))
+  assert measured.protocol['real_digest'] == digest.hexdigest()
   assert measured.subject['sampling'] == {'guidance_scale': 2.0}
   printed = capsys.readouterr()
   assert 'all 12 captions, which are fewer than --num_captions=30000' in printed.err

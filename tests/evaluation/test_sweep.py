@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import re
+import shutil
 
 import evaluation_fakes as fakes
 import numpy as np
@@ -150,6 +151,17 @@ def test_real_pictures_are_read_once(pipeline, coco, tmp_path, monkeypatch):
   assert len(made) == 1
 
 
+def test_points_with_other_real_pictures_are_not_joined(pipeline, coco, tmp_path):
+  out = tmp_path / 'out'
+  run(*coco, '--sweep', 'guidance_scale=1,2', f'--output_dir={out}')
+  Image.fromarray(fakes.render('another')).save(tmp_path / 'val2014' / '3.png')
+  with pytest.raises(UserError, match='guidance_scale=3/.* differ in real_digest. Delete'):
+    run(*coco, '--sweep', 'guidance_scale=1,2,3', f'--output_dir={out}')
+  for value in (1, 2):
+    shutil.rmtree(out / 'points' / f'guidance_scale={value}')
+  run(*coco, '--sweep', 'guidance_scale=1,2,3', f'--output_dir={out}')
+
+
 def test_a_damaged_point(pipeline, coco, tmp_path):
   out = tmp_path / 'out'
   run(*coco, *SWEEP, f'--output_dir={out}')
@@ -262,6 +274,14 @@ def test_rejection_on_openmoji(pipeline, tmp_path):
     'unseen_combinations'
   )
   assert [share['accepted'] for share in content['tables'][0]['shares']] == [1, 4]
+
+
+def test_rejection_of_a_single_prompt_has_no_distance(pipeline, tmp_path):
+  flags = ['--splits=validation', '--max_prompts=1', '--num_images=2', '--rejection', '0.5', '1']
+  assert run(*flags, f'--output_dir={tmp_path}/out') == 0
+  (table,) = json.loads((tmp_path / 'out' / 'rejection.json').read_text())['tables']
+  assert [share['row']['frechet_distance'] for share in table['shares']] == [None, None]
+  assert not (tmp_path / 'out' / 'rejection.png').exists()
 
 
 def test_choice_among_the_accepted():
