@@ -191,13 +191,18 @@ def read(path: str) -> Measurement:
 def _value(path: str, name: str, value: Any) -> Value:
   if isinstance(value, dict):
     error = value.get('error')
-    if _is_number(value.get('value')) and (error is None or _is_number(error)):
+    if _is_number(value.get('value')) and (error is None or (_is_number(error) and error >= 0)):
       return Value(value['value'], error, str(value.get('error_of') or ''))
   raise UserError(f'{path} is damaged: the value {name} is not a number')
 
 
 def _is_number(value: Any) -> bool:
-  return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+  if isinstance(value, bool) or not isinstance(value, int | float):
+    return False
+  try:
+    return math.isfinite(value)
+  except OverflowError:  # A whole number beyond float64.
+    return False
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -255,6 +260,12 @@ class Comparison:
       'The last column is the difference in its standard errors, as if both measurements were '
       'independent.'
     )
+    for name, values, others in (
+      (self.names[0], one.values, other.values),
+      (self.names[1], other.values, one.values),
+    ):
+      if alone := [_meaning(value).label for value in values if value not in others]:
+        lines.append(f'Only in {name}: {", ".join(alone)}.')
     lines += [
       f'{name}: {_short(pair[0])} in {self.names[0]}, {_short(pair[1])} in {self.names[1]}'
       for name, pair in differences(one.subject, other.subject).items()

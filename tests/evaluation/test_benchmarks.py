@@ -393,6 +393,32 @@ def test_results_of_an_unfinished_geneval(tmp_path):
     shown(tmp_path, f'geneval={path}')
 
 
+def test_equal_prompts_and_other_tasks_of_geneval(tmp_path):
+  row = {'tag': 'counting', 'prompt': 'two cats', 'include': []}
+  other = {'tag': 'mood', 'prompt': 'a glad cat', 'include': []}
+  lines = [
+    json.dumps(
+      {
+        'filename': f'images/{number:05d}/samples/{index:04d}.png',
+        'tag': of_prompt['tag'],
+        'correct': number > 0,
+        'metadata': json.dumps(of_prompt),
+      }
+    )
+    for number, of_prompt in enumerate([row, row, other])
+    for index in range(4)
+  ]
+  path = tmp_path / 'results.jsonl'
+  # The order of a judge's lines means nothing.
+  path.write_text('\n'.join(np.random.default_rng(0).permutation(lines)))
+  (found,) = shown(tmp_path, f'geneval={path}')
+  values = {score['name']: score for score in found['scores']}
+  assert values['counting']['value'] == 50 and values['counting']['prompts'] == 2
+  assert values['counting']['error'] == pytest.approx(50)
+  assert not any('interrupted' in remark for remark in found['remarks'])
+  assert any("overall has mood, which aren't its tasks" in r for r in found['remarks'])
+
+
 def test_results_of_dpg(tmp_path):
   path = tmp_path / 'dpg-bench_1_results.txt'
   path.write_text(

@@ -59,6 +59,8 @@ def test_measurements_by_the_same_protocol_are_compared(tmp_path, capsys):
   printed = capsys.readouterr().out
   assert f'drawn_with.sampling.guidance_scale: 1.5 in {paths[0]}, 2.0 in {paths[1]}' in printed
   assert 'drawn_with.seed' not in printed
+  assert f'Only in {paths[0]}: precision.' in printed
+  assert f'Only in {paths[1]}: recall.' in printed
 
 
 def test_other_protocols_are_refused_by_the_entries_that_differ(tmp_path, capsys):
@@ -95,6 +97,14 @@ def test_other_protocols_are_refused_by_the_entries_that_differ(tmp_path, capsys
       'the value fid is not a number',
     ),
     (lambda content: content | {'values': {'fid': 3}}, 'the value fid is not a number'),
+    (
+      lambda content: content | {'values': {'fid': {'value': 10**400}}},
+      'the value fid is not a number',
+    ),
+    (
+      lambda content: content | {'values': {'fid': {'value': 1, 'error': -1}}},
+      'the value fid is not a number',
+    ),
   ],
 )
 def test_other_files_are_refused(tmp_path, change, named):

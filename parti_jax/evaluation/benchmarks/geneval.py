@@ -80,7 +80,8 @@ class GenEval(base.Benchmark):
       if picture in pictures:
         raise UserError(f'{where}: {picture} was judged before; judge the pictures again')
       pictures.add(picture)
-      found[tag][metadata].append(float(right))
+      # Two prompts with the same text have folders of their own.
+      found[tag][f'{_prompt_folder(picture)} {metadata}'].append(float(right))
     return self._scores(found)
 
   def _scores(self, found: dict[str, dict[str, list[float]]]) -> base.Scores:
@@ -101,7 +102,14 @@ class GenEval(base.Benchmark):
     remarks = base.counts_remark(self.title, prompts, of_prompt, _PROMPTS)
     if missing := [task for task in _TASKS if task not in found]:
       remarks.append(f'{self.title}: overall is without {", ".join(missing)}.')
+    if others := [tag for tag in found if tag not in _TASKS]:
+      remarks.append(f"{self.title}: overall has {', '.join(others)}, which aren't its tasks.")
     return base.Scores(self.title, '%', scores, remarks)
+
+
+def _prompt_folder(picture: str) -> str:
+  """Returns the folder of a prompt, '00000' of 'images/00000/samples/0000.png'; '' without one."""
+  return pathlib.PurePath(picture).parent.parent.name
 
 
 def _percent(error: float | None) -> float | None:
