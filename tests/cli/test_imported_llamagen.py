@@ -202,6 +202,38 @@ def test_all_ways_of_sampling_give_the_same_greedy_pictures(loaded, kind):
   np.testing.assert_array_equal([result.tokens[0] for result in found], plain.tokens)
 
 
+OTHERS = {'c2i': 'dog', 't2i': 'blue'}
+
+
+@KINDS
+def test_another_condition_may_be_on_guidances_other_side(loaded, models, kind):
+  settings = {'temperature': 0.0, 'guidance_scale': 3.0}
+  prompt, other = PROMPTS[kind][0], OTHERS[kind]
+  result = loaded[kind].generate(prompt, num_images=1, negative=other, **settings)
+  found = model_folder.load(models / kind)
+  params = jax.tree.map(np.asarray, found.generator_params)
+  texts = jnp.asarray(loaded[kind].encode_prompts([prompt, other]))
+  tokens = jnp.asarray(result.tokens[0]).repeat(2, axis=0)
+  given, without = generators.module(found.generator_config).apply(
+    {'params': params}, texts, tokens
+  )
+  wanted = np.argmax(without + 3 * (given - without), axis=-1)
+  np.testing.assert_array_equal(wanted, result.tokens[0, 0])
+
+
+@KINDS
+def test_kept_tokens_of_a_picture_begin_others(loaded, kind):
+  model, prompt = loaded[kind], PROMPTS[kind][0]
+  picture = model.generate(prompt, num_images=1, seed=1).images[0, 0]
+  tokens = model.tokenize(picture[None])[0]
+  edited = model.generate(prompt, num_images=2, image=picture, keep='top:0.7')
+  assert edited.kept.any() and not edited.kept.all()
+  for row, kept in zip(edited.tokens[0], edited.kept[0]):
+    np.testing.assert_array_equal(row[kept], tokens[kept])
+  with pytest.raises(UserError, match='prompt_weights needs a decoder with cross-attention'):
+    model.generate(prompt, num_images=1, prompt_weights=True)
+
+
 @KINDS
 def test_pictures_do_not_depend_on_the_batch(loaded, kind):
   result = loaded[kind].generate(PROMPTS[kind], num_images=2, seed=1)
