@@ -27,6 +27,7 @@ from parti_jax.core import start_cache
 from parti_jax.core.errors import UserError
 from parti_jax.evaluation import html_page
 from parti_jax.evaluation import output_folder
+from parti_jax.evaluation.benchmarks import drawing
 from parti_jax.evaluation.benchmarks import registry
 from parti_jax.evaluation.datasets import prompts_file
 from parti_jax.sampling import images as images_lib
@@ -112,8 +113,8 @@ def run(args: argparse.Namespace) -> int:
     0, the exit status.
 
   Raises:
-    UserError: bad flags, a file of another form, or an output folder that can't be written or
-      holds another run.
+    UserError: bad flags, a file of another form, a prompt that the model can't read, or an output folder
+      that can't be written or holds another run.
   """
   sampling_flags.check_numbers(args, 'num_images', 'batch_size', 'max_prompts')
   if args.results:
@@ -141,6 +142,7 @@ def run(args: argparse.Namespace) -> int:
   prompts = prompts_file.read(args.file)[: args.max_prompts]
   start_cache.enable()
   model = parti_jax.load(args.model, ranker=args.ranker, **precision)
+  drawing.cut_prompts(model, prompts)  # Raises an error before the first picture, not after hours.
   folder = output_folder.make(args.output_dir)
   output_folder.claim(
     folder,

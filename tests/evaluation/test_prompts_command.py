@@ -243,6 +243,18 @@ def test_files_of_another_format(pipeline, tmp_path, content, message):
   assert not (tmp_path / 'out').exists()
 
 
+def test_a_prompt_that_the_model_cannot_read(pipeline, flags, tmp_path, monkeypatch):
+  def encode(texts):
+    if texts == ['a red apple']:
+      raise UserError(f'{texts[0]!r} is not a class')
+    return np.ones([len(texts), 4], np.int32)
+
+  monkeypatch.setattr(pipeline, 'encode_prompts', encode)
+  with pytest.raises(UserError, match="cannot read the prompt 'a red apple': .* is not a class"):
+    run(*flags)
+  assert not (tmp_path / 'out').exists()
+
+
 @pytest.mark.parametrize('content', ['', '[]', '5', '[' * 10**5])
 def test_a_folder_whose_claim_is_damaged(pipeline, flags, tmp_path, content):
   (tmp_path / 'out').mkdir()
