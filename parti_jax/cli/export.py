@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import pathlib
 import sys
 from collections.abc import Mapping
@@ -98,6 +99,7 @@ def run(args: argparse.Namespace) -> int:
     vocabulary = _vocabulary(args.vocabulary)
     provenance |= _text_encoder_origin(args.vocabulary, made_with['generator'])
   generator, tokenizer = (parts.pop(name) for name in model_folder.REQUIRED)
+  dtype = args.dtype or (base.stored_as if base else 'float16')
   folder = model_folder.save(
     args.output_dir,
     generator_config=generator.config,
@@ -107,13 +109,16 @@ def run(args: argparse.Namespace) -> int:
     parts=parts,
     vocabulary_path=vocabulary,
     sampling=sampling,
-    dtype=args.dtype or (base.stored_as if base else 'float16'),
+    dtype=dtype,
     overwrite=args.overwrite,
     provenance=provenance,
     made_with=made_with,
     allow_mismatch=args.allow_mismatch,
     sources={name: getattr(args, name) or args.base for name in made_with},
   )
+  given = [name for name in _RUNS if getattr(args, name)]
+  if dtype != 'float32' and any(f'{name}_lora' in provenance for name in given):
+    print(f'kernels with their adapters are rounded to {dtype}; --dtype=float32 keeps them')
   size = sum(storage.sizes(folder).values())
   print(f'{folder}: {size / 1e6:.1f} MB; try it: parti-jax generate PROMPT --model={folder}')
   return 0
@@ -165,6 +170,14 @@ def _text_encoder_origin(folder: str, made_with: Mapping[str, str]) -> dict[str,
 def _write_adapters(args: argparse.Namespace) -> int:
   """Writes the adapters of runs of LoraObjective to files; returns the exit status."""
   found = {}
+  unused = [flag for flag in ('vocabulary', 'dtype', 'allow_mismatch') if getattr(args, flag)]
+  if unused := [*unused, *sampling_flags.overriding(args)]:
+    raise errors.UserError(
+      f'--no-merge writes adapters alone, in float32, and takes no --{", no --".join(unused)}; leave '
+      'it out'
+    )
+  if not storage.is_url(args.output_dir) and os.path.isfile(args.output_dir):
+    raise errors.UserError(f'--output_dir={args.output_dir} is a file; choose a folder')
   for name in _RUNS:
     if not (run := getattr(args, name)):
       continue

@@ -101,10 +101,17 @@ class AdaptedArray(parameter_files.StoredArray):
       if self._form.stacked and self._layer is None:
         return AdaptedArray(self._kernel, self._members, self._scale, self.dtype, place)
       whole = (slice(None),) * (self.ndim - 1)
-      return self._values((slice(place, place + 1), *whole))[0].astype(self.dtype, copy=False)
-    return self._values(tuple(index)).astype(self.dtype, copy=False)
+      return self._values((slice(place, place + 1), *whole))[0]
+    return self._values(tuple(index))
 
   def _values(self, where: tuple[slice, ...]) -> np.ndarray:
+    """Returns a part; raises UserError if it has values that the dtype can't hold."""
+    with np.errstate(over='ignore', invalid='ignore'):
+      found = self._exact(where).astype(self.dtype, copy=False)
+    self._check_finite(found)
+    return found
+
+  def _exact(self, where: tuple[slice, ...]) -> np.ndarray:
     """Returns a part in float32."""
     if not self._form.stacked:
       return self._of_layer(None, where)
@@ -134,6 +141,14 @@ class AdaptedArray(parameter_files.StoredArray):
         place: tuple[Any, ...] = (*(slice(None),) * inputs, chosen.index(one.part))
         found[place] += np.float32(self._scale) * product
     return found
+
+  def _check_finite(self, found: np.ndarray) -> None:
+    if not np.all(np.isfinite(found)):
+      names = ', '.join(one.name for one, *_ in self._members)
+      raise UserError(
+        f'{names}: with its adapters times {self._scale:g}, the kernel is not finite in {found.dtype}; '
+        'give a smaller factor or another dtype, or check whether the training diverged'
+      )
 
 
 def projections(network: str, config: Any) -> list[lora.Projection]:
@@ -234,13 +249,17 @@ def parsed(text: str) -> tuple[str, float]:
   """Returns the file and the factor of 'FILE' or 'FILE:FACTOR'.
 
   Raises:
-    UserError: if the factor is not finite.
+    UserError: if the factor is not a finite number.
   """
   text = checks.text('lora', text)
   file, colon, factor = text.rpartition(':')
   try:
     number = float(factor)
   except ValueError:
+    if file and not storage.exists(text) and storage.exists(file):
+      raise UserError(
+        f'lora={text!r}: the factor {factor!r} after the file is not a number'
+      ) from None
     return text, 1.0
   if not colon or not file:
     return text, 1.0
@@ -331,7 +350,9 @@ def read(path: str | os.PathLike[str]) -> Adapters:
 
 
 def check(adapters: Adapters, known: Iterable[lora.Projection], name: str) -> None:
-  """Raises UserError unless each matrix is that of a projection of the network, both are there.
+  """Raises UserError unless the matrices are those of the projections that the targets choose.
+
+  A part of the network, such as the text encoder, may have none, since its run may have frozen it.
 
   Args:
     adapters: the adapters.
@@ -339,6 +360,7 @@ def check(adapters: Adapters, known: Iterable[lora.Projection], name: str) -> No
     name: name of the adapters, for messages.
   """
   flat = flax.traverse_util.flatten_dict(adapters.params, sep='/')
+  known = list(known)
   expected = {
     f'{one.name}/{matrix}': shape
     for one in known
@@ -357,6 +379,14 @@ def check(adapters: Adapters, known: Iterable[lora.Projection], name: str) -> No
       raise UserError(f'{name}: {other} is missing; {_AGAIN}')
   if not flat:
     raise UserError(f'{name} has no adapters; {_AGAIN}')
+  found = {path.rpartition('/')[0] for path in flat}
+  parts = {one.partition('/')[0] for one in found}
+  chosen = lora.select(known, adapters.settings.targets, f'{name}: targets')
+  wanted = {one.name for one in chosen if one.name.partition('/')[0] in parts}
+  if found != wanted:
+    first, *more = sorted(found ^ wanted)
+    others = f', nor do {len(more)} others' if more else ''
+    raise UserError(f'{name}: {first} does not have adapters as the targets say{others}; {_AGAIN}')
 
 
 def merged(part: model_folder.Part, adapters: Adapters) -> model_folder.Part:

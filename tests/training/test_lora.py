@@ -214,7 +214,8 @@ def test_merged_equals_unmerged(base, trained, tmp_path, capsys):
   folder, trainer, state = trained
   export = ['export', f'--base={base}', f'--generator={folder}', f'--output_dir={tmp_path / "new"}']
   assert main.main(export) == 0
-  assert 'adding its adapters of rank 3' in capsys.readouterr().out
+  shown = capsys.readouterr().out
+  assert 'adding its adapters of rank 3' in shown and 'rounded' not in shown
   model = model_folder.load(tmp_path / 'new')
   merged = _loss(GENERATOR, jax.tree.map(np.asarray, model.generator_params), _batch(9))
   unmerged = trainer.evaluate(state.params, [_batch(9)])['loss']
@@ -229,6 +230,8 @@ def test_merged_equals_unmerged(base, trained, tmp_path, capsys):
   # Without --base, the base is read where the run had it.
   vocabulary_path = base / 'vocabulary.model'
   export = [*export[:1], *export[2:3], f'--tokenizer={base}', f'--vocabulary={vocabulary_path}']
+  assert main.main([*export, f'--output_dir={tmp_path / "half"}']) == 0
+  assert 'rounded to float16; --dtype=float32 keeps them' in capsys.readouterr().out
   assert main.main([*export, f'--output_dir={tmp_path / "other"}', '--dtype=float32']) == 0
   other = model_folder.load(tmp_path / 'other')
   jax.tree.map(
@@ -281,6 +284,10 @@ def _damaged(file, folder, change):
 FIRST = 'image_decoder/decoder/layers/attention/query'
 
 
+def _without_first(arrays, metadata):
+  del arrays[f'{FIRST}/lora_a'], arrays[f'{FIRST}/lora_b']
+
+
 @pytest.mark.parametrize(
   'change, message',
   [
@@ -295,6 +302,9 @@ FIRST = 'image_decoder/decoder/layers/attention/query'
     ),
     (lambda arrays, metadata: arrays[f'{FIRST}/lora_a'].fill(np.nan), 'finite'),
     (lambda arrays, metadata: arrays.clear(), 'has no adapters'),
+    (_without_first, f'{FIRST} does not have adapters as the targets say; write it again'),
+    (lambda arrays, metadata: metadata.update(targets='["mlp"]'), 'as the targets say, nor do'),
+    (lambda arrays, metadata: metadata.update(targets='["none"]'), 'none. chooses no projection'),
     (lambda arrays, metadata: metadata.update(rank='many'), 'metadata is damaged'),
     (lambda arrays, metadata: metadata.update(alpha='nan'), 'metadata is damaged'),
     (lambda arrays, metadata: metadata.update(network='other'), 'metadata is damaged'),
@@ -319,9 +329,46 @@ def test_what_is_no_file_of_adapters_is_refused(base, tmp_path):
     str(tmp_path / 'nowhere'): 'file not found',
     str(tmp_path): 'is a folder; give the file',
     f'{tmp_path}/text:inf': 'the factor inf must be a finite number',
+    f'{tmp_path}/text:much': "the factor 'much' after the file is not a number",
   }.items():
     with pytest.raises(UserError, match=message):
       text_to_image.load(base, lora=given)
+
+
+@pytest.mark.parametrize(
+  'flags, message',
+  [
+    (['--dtype=float16'], 'takes no --dtype; leave it out'),
+    (['--guidance_scale=3', '--allow_mismatch'], 'no --allow_mismatch, no --guidance_scale'),
+    ([], 'file is a file; choose a folder'),
+  ],
+)
+def test_adapters_alone_have_no_other_settings(trained, tmp_path, capsys, flags, message):
+  (tmp_path / 'file').write_text('mine')
+  export = ['export', f'--generator={trained[0]}', '--no-merge', *flags]
+  assert main.main([*export, f'--output_dir={tmp_path / "file"}']) == 2
+  assert message in capsys.readouterr().err
+  assert (tmp_path / 'file').read_text() == 'mine'
+
+
+def test_kernels_that_overflow_are_named(base, trained, tmp_path, capsys):
+  folder, trainer, state = trained
+  export = ['export', f'--generator={folder}', f'--output_dir={tmp_path}', '--no-merge']
+  assert main.main(export) == 0
+  file = tmp_path / 'generator_lora.safetensors'
+  with pytest.raises(UserError, match='the kernel is not finite in float32; give a smaller factor'):
+    text_to_image.load(base, lora=f'{file}:1e42')
+  # Finite in float32, but not in float16.
+  wide = jax.tree.map(lambda leaf: 0 * leaf + 300.0, state.params)
+  run = checkpoint_manager.Checkpoints(tmp_path / 'run')
+  inputs = inputs_lib.Inputs(trainer.objective, {}, False)
+  state = dataclasses.replace(state, params=wide)
+  run.save(3, state, inputs.state(), run_checkpoints.describe(trainer.objective))
+  run.close()
+  export = ['export', f'--base={base}', f'--generator={tmp_path / "run"}']
+  export += [f'--output_dir={tmp_path / "merged"}', '--dtype=float16']
+  assert main.main(export) == 2
+  assert 'float16' in capsys.readouterr().err and not (tmp_path / 'merged').exists()
 
 
 def test_the_adapters_of_another_base_are_refused(base, trained, tmp_path, capsys):
@@ -370,6 +417,7 @@ def test_a_run_of_adapters_is_not_taken_for_a_network(base, trained, tmp_path):
     ({'targets': ('',)}, 'chooses no projection'),
     ({'rank': -1}, 'LoraObjective.rank'),
     ({'alpha': float('nan')}, 'LoraObjective.alpha'),
+    ({'alpha': 0}, 'LoraObjective.alpha=0 multiplies the adapters by 0'),
     ({'base': ''}, 'LoraObjective.base is empty'),
     ({'objective': None}, 'must be an objective'),
   ],

@@ -52,7 +52,7 @@ class LoraObjective(base_lib.Objective):
       The parts that it freezes get no adapters.
     base: a model folder, or a folder with the network alone, such as `parti-jax import` writes.
     rank: rank of the adapters. With 0 there are none, and the run only evaluates the base.
-    alpha: A · B is multiplied by alpha / rank.
+    alpha: A · B is multiplied by alpha / rank; above 0 unless the rank is 0.
     targets: patterns of names of the projections to adapt, such as 'attention/query',
       'cross_attention' or 'image_decoder/*/mlp'; `lora.select` says how they match. By default
       the queries and values of attention, as in the paper.
@@ -77,6 +77,11 @@ class LoraObjective(base_lib.Objective):
         'such as @GeneratorObjective()'
       )
     config_checks.check_fields(self, rank=(0, config_checks.MAX_SIZE), alpha=(0, None))
+    if self.rank and not self.alpha:
+      raise errors.UserError(
+        'LoraObjective.alpha=0 multiplies the adapters by 0, so that nothing would be trained; set it '
+        'above 0, or LoraObjective.rank to 0 to evaluate the base'
+      )
     if not self.base:
       raise errors.UserError('LoraObjective.base is empty; set it to a model folder')
     name = inner.gin_name
