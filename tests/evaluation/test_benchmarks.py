@@ -419,6 +419,47 @@ def test_equal_prompts_and_other_tasks_of_geneval(tmp_path):
   assert any("overall has mood, which aren't its tasks" in r for r in found['remarks'])
 
 
+@pytest.mark.parametrize(
+  'form, content, message',
+  [
+    ('dpg', '/a.png, 7.0, 7.0\n', 'shares from 0 to 1'),
+    ('dpg', 'L1 category scores:\n\tentity: 1e999\n/a.png, 1.0, 1.0\n', '1e999 is not a number'),
+    ('hps', 'anime 28.1000 \t0.2\nphoto 27.0\nAverage 99.0\n', 'average 99 is not among'),
+  ],
+)
+def test_impossible_results(tmp_path, form, content, message):
+  path = tmp_path / 'results.txt'
+  path.write_text(content)
+  with pytest.raises(UserError, match=message):
+    run('--results', f'{form}={path}', f'--output_dir={tmp_path}/table')
+
+
+def test_a_category_of_dpg_without_answers_is_told(tmp_path):
+  path = tmp_path / 'results.txt'
+  path.write_text('/a.png, 1.0, 1.0\nL1 category scores:\n\tentity: 50.0\n\tglobal: nan\n')
+  (found,) = shown(tmp_path, f'dpg={path}')
+  assert [score['name'] for score in found['scores']] == ['entity', 'overall']
+  assert any('no score of global' in remark for remark in found['remarks'])
+
+
+@pytest.mark.parametrize(
+  'names, answer, message',
+  [
+    (['a_000000.png', 'b_000000.png'], 0.5, 'two pictures of number 0'),
+    (['a_000000.png'], 50, 'answer, at most 1'),
+  ],
+)
+def test_impossible_results_of_t2i_compbench(tmp_path, names, answer, message):
+  samples, judged = tmp_path / 'color' / 'samples', tmp_path / 'color' / 'annotation_blip'
+  samples.mkdir(parents=True)
+  judged.mkdir()
+  for name in names:
+    (samples / name).touch()
+  (judged / 'vqa_result.json').write_text(json.dumps([{'question_id': 0, 'answer': answer}]))
+  with pytest.raises(UserError, match=message):
+    run('--results', f't2i_compbench={tmp_path}', f'--output_dir={tmp_path}/table')
+
+
 def test_results_of_dpg(tmp_path):
   path = tmp_path / 'dpg-bench_1_results.txt'
   path.write_text(

@@ -8,6 +8,7 @@ dpg-bench_DATE_results.txt, and then the scores of categories.
 
 from __future__ import annotations
 
+import math
 import pathlib
 import re
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ _FOLDER = 'the folder dpg_bench/prompts of DPG-Bench, with a text file for each 
 _RESULTS = 'the file dpg-bench_..._results.txt that compute_dpg_bench.py writes'
 _PROMPTS = 1065
 _GRID = 4
-_CATEGORY = re.compile(r'\t(.+): ([0-9.e+-]+)')
+_CATEGORY = re.compile(r'\t(.+): ([0-9.e+-]+|nan)')
 _SCORE = re.compile(r'DPG-Bench score: ([0-9.e+-]+)')
 
 
@@ -77,7 +78,7 @@ class DPG(base.Benchmark):
 
   def results(self, path: str) -> base.Scores:
     found: dict[str, list[float]] = {}
-    categories: dict[str, float] = {}
+    categories: dict[str, float | None] = {}
     stated = None
     level = ''
     for number, line in enumerate(text_files.lines(base.read_results(path, _RESULTS)), 1):
@@ -86,7 +87,8 @@ class DPG(base.Benchmark):
         level = match[1]
       elif match := _CATEGORY.fullmatch(line):
         if level == 'L1':
-          categories[match[1]] = _number(match[2], where)
+          # The judge's mean of no answers is nan.
+          categories[match[1]] = None if match[2] == 'nan' else _number(match[2], where)
       elif match := _SCORE.fullmatch(line):
         stated = _number(match[1], where)
       elif ', ' in line and not line.startswith(('Model: ', 'Image path: ', 'Save results to: ')):
@@ -101,7 +103,7 @@ class DPG(base.Benchmark):
   def _scores(
     self,
     found: dict[str, list[float]],
-    categories: dict[str, float],
+    categories: dict[str, float | None],
     stated: float | None,
     path: str,
   ) -> base.Scores:
@@ -111,7 +113,9 @@ class DPG(base.Benchmark):
         f'--results {path}: its last line states {stated:.4f}, but the pictures in it have the mean '
         f'{100 * overall.mean:.4f}; lines are missing, so judge the pictures again'
       )
-    scores = [base.Score(name, value) for name, value in sorted(categories.items())]
+    scores = [
+      base.Score(name, value) for name, value in sorted(categories.items()) if value is not None
+    ]
     scores.append(
       base.Score(
         'overall',
@@ -125,6 +129,8 @@ class DPG(base.Benchmark):
     remarks = base.counts_remark(self.title, len(found), of_prompt, _PROMPTS)
     if of_prompt != [_GRID]:
       remarks.append(f'{self.title}: published scores are of {_GRID} pictures for each prompt.')
+    if empty := sorted(name for name, value in categories.items() if value is None):
+      remarks.append(f'{self.title}: the judge has no score of {", ".join(empty)}.')
     if stated is None:
       remarks.append(f'{self.title}: the judge has not finished; its last lines are missing.')
     return base.Scores(self.title, '%', scores, remarks)
@@ -139,11 +145,16 @@ def _picture(line: str, where: str) -> tuple[str, list[float]]:
   *scores, mean = values or [0.0]
   if not scores or abs(sum(scores) / len(scores) - mean) > 1e-6:
     raise UserError(f'{where}: not a path, its scores and their mean; expected {_RESULTS}')
+  if not all(0 <= score <= 1 for score in scores):
+    raise UserError(f'{where}: scores of pictures are shares from 0 to 1; expected {_RESULTS}')
   return ', '.join(parts), scores
 
 
 def _number(text: str, where: str) -> float:
   try:
-    return float(text)
+    found = float(text)
+    if not math.isfinite(found):
+      raise ValueError
   except ValueError as error:
     raise UserError(f'{where}: {text} is not a number; expected {_RESULTS}') from error
+  return found

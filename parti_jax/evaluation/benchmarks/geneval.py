@@ -109,7 +109,8 @@ class GenEval(base.Benchmark):
 
 def _prompt_folder(picture: str) -> str:
   """Returns the folder of a prompt, '00000' of 'images/00000/samples/0000.png'; '' without one."""
-  return pathlib.PurePath(picture).parent.parent.name
+  # Its parts end at / and at \\, whatever the judge ran on.
+  return pathlib.PureWindowsPath(picture).parent.parent.name
 
 
 def _percent(error: float | None) -> float | None:

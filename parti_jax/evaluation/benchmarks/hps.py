@@ -29,6 +29,8 @@ _RESULTS = 'the text that hpsv2.evaluate prints, in a file'
 _PROMPTS = 800
 # The judge prints the deviation of the means of groups of so many prompts.
 _GROUP = 80
+# The judge prints scores with two digits or more.
+_PRINTED = 0.01
 _LINE = re.compile(
   rf'(?:(.+?) +)?({"|".join(STYLES)}|Average) +(-?\d+\.\d+|nan) *\t? *(\d+\.\d+|nan)? *'
 )
@@ -99,6 +101,13 @@ class HPS(base.Benchmark):
       raise UserError(f'--results {path} has no Average; it is cut, so judge the pictures again')
     if len(models) > 1:
       raise UserError(f'--results {path} has scores of {", ".join(sorted(models))}; keep one model')
+    means = [mean for style, (mean, _) in found.items() if style != 'Average']
+    average = found['Average'][0]
+    if means and not min(means) - _PRINTED <= average <= max(means) + _PRINTED:
+      raise UserError(
+        f'--results {path}: the average {average:g} is not among the scores of its styles, from '
+        f'{min(means):g} to {max(means):g}; judge the pictures again'
+      )
     # The deviation of the means of ten groups, of which the style's mean is the mean.
     groups = _PROMPTS // _GROUP
     scores = [

@@ -9,7 +9,6 @@ sequence of numbers over all of them, and take the prompt from the name. Each wr
 from __future__ import annotations
 
 import collections
-import math
 import os
 import pathlib
 import re
@@ -148,7 +147,13 @@ class T2ICompBench(base.Benchmark):
     """Returns the scores of each prompt's pictures, by the names of these, and remarks."""
     folder = storage.join(path, category, 'samples')
     matches = [_PICTURE.fullmatch(name) for name in storage.names(folder)]
-    prompt_of = {int(match[2]): match[1] for match in matches if match}
+    prompt_of: dict[int, str] = {}
+    for match in matches:
+      if match and prompt_of.setdefault(int(match[2]), match[1]) != match[1]:
+        raise UserError(
+          f'--results {path}: {folder} has two pictures of number {int(match[2])}, of which the score '
+          'could be either; remove those of another run, and judge the pictures again'
+        )
     if unknown := sorted(answers.keys() - prompt_of.keys()):
       raise UserError(
         f'--results {path}: the judge of {category} has a score of picture {unknown[0]}, which '
@@ -167,7 +172,7 @@ class T2ICompBench(base.Benchmark):
 
 def _answers(file: str) -> dict[int, float]:
   """Returns {number of a picture: its score}."""
-  expected = f'a list of objects with question_id and answer in {file}'
+  expected = f'a list of objects with question_id and answer, at most 1, in {file}'
   rows = base.parse_json(base.read_results(file, expected), f'--results {file}', expected)
   found: dict[int, float] = {}
   if not isinstance(rows, list):
@@ -175,7 +180,7 @@ def _answers(file: str) -> dict[int, float]:
   for row in rows:
     try:
       number, answer = row['question_id'], float(row['answer'])
-      if isinstance(number, bool) or not isinstance(number, int) or not math.isfinite(answer):
+      if isinstance(number, bool) or not isinstance(number, int) or not -1 <= answer <= 1:
         raise ValueError
     except (LookupError, TypeError, ValueError) as error:
       raise UserError(f'--results {file}: damaged; expected {expected}') from error
