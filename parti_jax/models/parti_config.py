@@ -95,8 +95,12 @@ def upgrade_config(sizes: dict[str, Any]) -> dict[str, Any]:
   return LEGACY_DEFAULTS | sizes
 
 
-def text_encoder_config(values: Mapping[str, Any]) -> TextEncoderConfig:
+def text_encoder_config(values: Mapping[str, Any], owner: str = 'PartiConfig') -> TextEncoderConfig:
   """Returns the config of a text encoder from its fields and its 'kind'; the inverse of `as_dict`.
+
+  Args:
+    values: the fields.
+    owner: name of the generator's config class, for messages.
 
   Raises:
     UserError: if the kind or a field is unknown or missing, or a value is invalid.
@@ -104,14 +108,14 @@ def text_encoder_config(values: Mapping[str, Any]) -> TextEncoderConfig:
   name = values.get('kind')
   if not isinstance(name, str) or name not in TEXT_ENCODERS:
     raise errors.UserError(
-      f'PartiConfig.text_encoder.kind={checks.shown(name)} is not one of '
+      f'{owner}.text_encoder.kind={checks.shown(name)} is not one of '
       f'{", ".join(TEXT_ENCODERS)}; {kinds.REMEDY}'
     )
   fields = {field: value for field, value in values.items() if field != 'kind'}
   kind = TEXT_ENCODERS[name]
   if different := fields.keys() ^ checks.field_types(kind).keys():
     raise errors.UserError(
-      f'PartiConfig.text_encoder has other fields than {kind.__name__}: '
+      f'{owner}.text_encoder has other fields than {kind.__name__}: '
       f'{", ".join(map(checks.shown, sorted(different)))}'
     )
   return kind(**fields)
@@ -128,7 +132,7 @@ def set_text_encoder(config: Any) -> None:
   """
   found: Any = config.text_encoder
   if isinstance(found, Mapping):
-    found = text_encoder_config(found)
+    found = text_encoder_config(found, type(config).__name__)
   elif type(found) not in TEXT_ENCODERS.values():
     known = ' or '.join(f'@{kind.__name__}()' for kind in TEXT_ENCODERS.values())
     raise errors.UserError(

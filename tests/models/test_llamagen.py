@@ -245,6 +245,11 @@ def test_text_features_stand_for_the_text_encoder(texts):
     ({'guidance_slots': 'none'}, "guidance_slots='none' is not one of all, text"),
     ({'dropout': 1.0}, 'LlamaGenConfig.dropout=1.0 must lie in'),
     ({'text_encoder': 'T5', 'classes': None}, "LlamaGenConfig.text_encoder='T5' must be None, or"),
+    ({'text_encoder': {}, 'classes': None}, 'LlamaGenConfig.text_encoder.kind=None is not one of'),
+    (
+      {'text_encoder': {'kind': 't5'}, 'classes': None},
+      'LlamaGenConfig.text_encoder has other fields than T5EncoderConfig',
+    ),
   ],
 )
 def test_sizes_that_make_no_network_are_refused(changes, message):
