@@ -34,6 +34,12 @@ def test_names_that_differ_in_upper_case_alone(tmp_path):
     number('cardigans')
 
 
+def test_names_that_go_on_are_proposed(tmp_path):
+  found = _opened(tmp_path, ['crane (bird)', 'crane (machine)', 'dog'])
+  with pytest.raises(UserError, match=r"did you mean 'crane \(bird\)' or 'crane \(machine\)'\?"):
+    found.encode('Crane', 1)
+
+
 @pytest.mark.parametrize(
   'names, keys, message',
   [

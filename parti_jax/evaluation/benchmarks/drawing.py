@@ -17,6 +17,7 @@ import tqdm
 
 from parti_jax.core.errors import UserError
 from parti_jax.evaluation.benchmarks import base
+from parti_jax.evaluation.datasets import prompts_file
 
 IMAGES = 'images'
 PROTOCOL_FILE = 'protocol.json'
@@ -24,7 +25,7 @@ PROTOCOL_FILE = 'protocol.json'
 _AT_ONCE = 64
 
 
-def cut_prompts(model, prompts: Sequence[base.Prompt]) -> list[int]:
+def cut_prompts(model, prompts: Sequence[base.Prompt | prompts_file.Prompt]) -> list[int]:
   """Returns the positions of the prompts that are longer than the model's text length.
 
   Args:
