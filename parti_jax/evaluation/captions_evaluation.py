@@ -250,7 +250,7 @@ class RealPictures:
     digests = {size: hashlib.sha256() for size in sizes}
     for images in _decoded(captioned.pictures, sizes, self.reasons, progress):
       for size, digest in digests.items():
-        digest.update(np.ascontiguousarray(images[size]))
+        digest.update(images[size].tobytes())
       usable = [index for index, reason in enumerate(self.reasons) if not reason]
       for index, image in zip(usable[-len(images[sizes[0]]) :], images[sizes[0]]):
         if index in shown:
