@@ -7,10 +7,13 @@ is imported, so that `--help` and errors in flags appear at once.
 """
 
 import argparse
+import atexit
+import contextlib
 import difflib
 import faulthandler
 import functools
 import importlib
+import os
 import sys
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -105,6 +108,7 @@ COMMANDS = {
 _GIN_FLAG = '--gin.'
 # Seconds that a process may take to end after an exception; then it is ended with status 1.
 _SECONDS_TO_END = 20.0
+_INTERRUPTED = 130
 
 
 class _Parser(argparse.ArgumentParser):
@@ -192,12 +196,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     garbage.pause()
     sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)
   try:
-    return _run_or_complain(sys.argv[1:] if argv is None else argv)
+    if argv is not None:
+      return _run_or_complain(argv)
+    # Registered before the command's own functions, so that it is called after them.
+    atexit.register(at_exit := _AtExit())
+    at_exit.status = _run_or_complain(sys.argv[1:])
+    return at_exit.status
   except Exception:
     if argv is None and sys.stderr is not None:
       # A library's hanging thread must not keep a crashed process, and its devices, alive.
       faulthandler.dump_traceback_later(_SECONDS_TO_END, exit=True)
     raise
+
+
+class _AtExit:
+  """Ends an interrupted process at once, since programs that still run on a device may crash its end."""
+
+  status: int | None = None
+
+  def __call__(self) -> None:
+    if self.status == _INTERRUPTED:
+      for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+          stream.flush()
+      os._exit(_INTERRUPTED)
 
 
 def _unraisable(before: Callable[[Any], Any], unraisable: Any) -> None:
@@ -227,7 +249,7 @@ def _run_or_complain(argv: Sequence[str]) -> int:
     return _complain(message)
   except KeyboardInterrupt:
     print('parti-jax: interrupted', file=sys.stderr)
-    return 130
+    return _INTERRUPTED
 
 
 def _run(argv: Sequence[str]) -> int:

@@ -150,6 +150,30 @@ def test_interrupt(command, capsys):
   assert capsys.readouterr().err == 'parti-jax: interrupted\n'
 
 
+_INTERRUPTED = """
+import atexit, os, sys, types
+from parti_jax.cli import main
+atexit.register(os._exit, 7)  # Stands for a crash when the interpreter ends.
+def interrupted(args):
+  atexit.register(print, 'cleaned up')
+  raise KeyboardInterrupt
+module = types.ModuleType('interrupted')
+module.add_arguments, module.run = lambda parser: None, interrupted
+sys.modules['interrupted'], main.COMMANDS['slow'] = module, ('interrupted', 'wait')
+sys.argv = ['parti-jax', 'slow']
+sys.exit(main.main())
+"""
+
+
+@pytest.mark.process
+def test_an_interrupted_process_can_not_crash_at_its_end():
+  done = subprocess.run(
+    [sys.executable, '-c', _INTERRUPTED], capture_output=True, text=True, timeout=120, check=False
+  )
+  assert (done.returncode, done.stdout) == (130, 'cleaned up\n'), done.stderr
+  assert done.stderr == 'parti-jax: interrupted\n'
+
+
 def test_missing_optional_package_names_its_extra(command, capsys):
   def run(args):
     raise ModuleNotFoundError("No module named 'seqio.vocabularies'", name='seqio.vocabularies')
