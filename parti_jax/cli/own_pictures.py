@@ -86,6 +86,8 @@ def run(args: argparse.Namespace) -> int:
   from parti_jax.data import datasets  # noqa: F401
   from parti_jax.training import configurables  # noqa: F401
 
+  if args.base is not None and not args.base.strip():
+    raise UserError('--from is empty; give a model folder, or leave the flag out')
   if args.finetune and not args.base:
     raise UserError(f'--finetune={args.finetune} needs --from, the model to train further')
   begun = time.monotonic()

@@ -185,6 +185,7 @@ def test_bad_flags_are_named(tmp_path, capsys, pictures, models):
     (_command(pictures, models['parti'].parent / 'tokenizer', out), 'has no generator'),
     (_command(pictures, models['parti'], out, '--image_size=64'), 'draws 16 pixels'),
     (['own_pictures', str(pictures), 'x', '--finetune=all'], '--finetune=all needs --from'),
+    (['own_pictures', str(pictures), 'x', '--from=', f'--output_dir={out}'], '--from is empty'),
   ):
     assert main.main(command) == 2
     assert message in capsys.readouterr().err
