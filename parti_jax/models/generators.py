@@ -113,7 +113,7 @@ class Generator(Protocol):
   """A generator's linen module; the methods are called by `nn.Module.apply`.
 
   Its parameters are {'text_encoder', 'image_decoder'}. Those of the decoder's layers are stacked, as
-  `layer_stack.parameters` makes them, in ['image_decoder']['decoder']['layers'].
+  `layer_stack.parameters` makes them, at image_decoder/decoder/layers.
   """
 
   def __call__(
