@@ -211,9 +211,9 @@ def _text_tokenizer(
 
   The path is None if the network has no text tokenizer.
   """
-  if found.tokenizer is not None and found.tokenizer.beside and vocabulary is None:
+  if found.tokenizer is not None and found.tokenizer.default is not None and vocabulary is None:
     vocabulary = os.path.dirname(given.weights.files[0]) or '.'
-    print(f'parti-jax: using the vocabulary in {vocabulary}', file=sys.stderr)
+    print(f'parti-jax: using {found.tokenizer.default(vocabulary, given)}', file=sys.stderr)
   if found.tokenizer is None or vocabulary is None:
     yield None, False
     return

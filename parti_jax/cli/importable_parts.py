@@ -140,13 +140,14 @@ class Tokenizer(NamedTuple):
     files: the public files that may be given, for messages.
     read: makes a TokenizerFile from the path that is given, and from the rest that is.
     check: raises UserError unless an opened tokenizer fits a config.
-    beside: whether its files are by default those in the folder of the weights.
+    default: names what is read if no path is given, from the folder of the weights; None if a path
+      has to be given.
   """
 
   files: str
   read: Callable[[str, Given], TokenizerFile]
   check: Callable[[text_tokenizer.TextTokenizer, Any], None]
-  beside: bool = False
+  default: Callable[[str, Given], str] | None = None
 
 
 class Format(NamedTuple):
@@ -215,7 +216,7 @@ def find(args: argparse.Namespace) -> Format:
   for flag in FLAGS:
     if getattr(args, flag) is not None and flag not in found.flags:
       raise UserError(f'--{flag} does not apply to --format={args.format}')
-  if found.tokenizer and not found.tokenizer.beside and args.vocabulary is None:
+  if found.tokenizer and found.tokenizer.default is None and args.vocabulary is None:
     raise UserError(
       f"--vocabulary is required: the file of the {name}'s text tokenizer, {found.tokenizer.files}"
     )
@@ -493,6 +494,13 @@ def _llamagen_tokenizer(path: str, given: Given) -> TokenizerFile:
   return TokenizerFile(class_tokenizer.content(count, names))
 
 
+def _llamagen_default(folder: str, given: Given) -> str:
+  del folder
+  if (encoder := given.flags['text_encoder']) is not None:
+    return f'the vocabulary of {encoder}'
+  return 'the numbers of the classes; --vocabulary gives them names'
+
+
 def _check_llamagen_tokenizer(tokenizer: text_tokenizer.TextTokenizer, config) -> None:
   spare_rows = 0 if config.text_encoder is None else _T5_SPARE_ROWS
   _check_generator_tokenizer(tokenizer, config, spare_rows)
@@ -557,7 +565,7 @@ _DALLE_MINI = Format(
     "DALL·E mini's tokenizer.json, or a folder with its vocab.json and merges.txt",
     lambda path, given: TokenizerFile(tokenizer_files.of_dalle_mini(path, _text_normalizer(given))),
     functools.partial(_check_generator_tokenizer, spare_rows=_DALLE_MINI_SPARE_ROWS),
-    beside=True,
+    default=lambda folder, given: f'the vocabulary in {folder}',
   ),
   config_file='config.json',
   # The authors' notebook.
@@ -583,7 +591,7 @@ PARTS: Mapping[str, Part] = {
           'names of the classes, such as LOC_synset_mapping.txt or imagenet_class_index.json',
           _llamagen_tokenizer,
           _check_llamagen_tokenizer,
-          beside=True,
+          default=_llamagen_default,
         ),
         # Those of sample_c2i.py and sample_t2i.py.
         sampling=lambda config: (

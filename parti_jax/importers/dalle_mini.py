@@ -98,7 +98,8 @@ def config_of(
     raise UserError(
       f'the image tokenizer has {codebook_size:,} codes and {grid[0]}×{grid[1]} tokens for an image, '
       f'but the weights have rows for {rows - 1:,} codes and the first input, and {positions} '
-      'positions; give the image tokenizer that belongs to them'
+      'positions; give the image tokenizer that belongs to them, with its --image_size if it is given '
+      'as weights'
     )
   return dalle_mini.DalleMiniConfig(
     **sizes, heads=heads, codebook_size=codebook_size, grid=grid, dtype='float32'

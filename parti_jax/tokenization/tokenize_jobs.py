@@ -285,7 +285,10 @@ def _splits(wanted: list[str] | None, source: Any) -> list[str]:
   """Returns the splits to write: the wanted ones, by default all splits of the source."""
   if not wanted:
     wanted = list(source.splits)
-    print(f'{source.place} has the splits {", ".join(wanted)}; use --splits to select some of them')
+    if len(wanted) > 1:
+      print(
+        f'{source.place} has the splits {", ".join(wanted)}; use --splits to select some of them'
+      )
   for split in wanted:
     source.check_split(split)
   return list(dict.fromkeys(wanted))

@@ -117,6 +117,11 @@ def test_all_splits_of_the_source(source, tokenize, tmp_path, capsys):
   )
 
 
+def test_one_split_alone_is_no_choice(tokenize, capsys):
+  assert tokenize('folder', splits=['train']) == (0, {'train': SPLITS['train']})
+  assert '--splits' not in capsys.readouterr().out
+
+
 def test_all_splits_of_openmoji(tokenize, tmp_path, monkeypatch, capsys):
   some = openmoji.pictures()[::80]
   monkeypatch.setattr(openmoji, 'pictures', lambda: some)
