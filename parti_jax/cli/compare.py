@@ -9,7 +9,12 @@ from parti_jax.evaluation import measurement
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the command's arguments."""
-  parser.add_argument('first', metavar='A.json', help='a measurement.json')
+  parser.add_argument(
+    'first',
+    metavar='A.json',
+    help='a measurement.json, or a report.json, sweep.json or rejection.json, of which FILE#NAME chooses '
+    'one measurement; without a choice, those of the same names are compared',
+  )
   parser.add_argument('second', metavar='B.json', help='another one')
 
 

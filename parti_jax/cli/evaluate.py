@@ -9,6 +9,7 @@ from typing import Any
 
 import parti_jax
 from parti_jax.cli import evaluate_classes
+from parti_jax.cli import evaluate_measurements
 from parti_jax.cli import evaluate_sweep
 from parti_jax.cli import sampling_flags
 from parti_jax.core import checks
@@ -23,7 +24,6 @@ from parti_jax.evaluation import output_folder
 from parti_jax.evaluation import rejection
 from parti_jax.evaluation.datasets import coco
 from parti_jax.evaluation.datasets import localized_narratives
-from parti_jax.evaluation.datasets import picture_sets
 from parti_jax.evaluation.metrics import features
 from parti_jax.evaluation.openmoji import contact_sheet
 from parti_jax.evaluation.openmoji import openmoji_judge
@@ -54,6 +54,8 @@ _NUM_IMAGES = {
   'localized_narratives': 1,
   'imagenet': 1,
 }
+# Files of the measurements on captions, besides report.json.
+_MEASUREMENT_FILES = {'inception': 'measurement.json', 'ranker': 'measurement_ranker.json'}
 # Data sets whose pictures are compared with real ones as a set.
 _AS_SETS = ('openmoji', 'coco', 'localized_narratives')
 
@@ -193,18 +195,22 @@ def run(args: argparse.Namespace) -> int:
 
 def _point(args: argparse.Namespace, shared: '_Shared') -> list[pathlib.Path]:
   """Evaluates with the flags, prints the table, and returns the files, of which report.json is last."""
-  evaluate = {
-    'openmoji': _openmoji,
-    'openmoji_scenes': _openmoji_scenes,
-    'imagenet': evaluate_classes.run,
-  }.get(args.dataset, _captions)
+  evaluate, measurements_of = {
+    'openmoji': (_openmoji, evaluate_measurements.of_openmoji),
+    'openmoji_scenes': (_openmoji_scenes, evaluate_measurements.of_scenes),
+    'imagenet': (evaluate_classes.run, evaluate_measurements.of_classes),
+  }.get(args.dataset, (_captions, evaluate_measurements.of_captions))
   report, pages, folder = evaluate(args, shared)
   sampling = {**report.sampling, **sampling_flags.given_precision(args)}
   report = dataclasses.replace(report, sampling=sampling)
   print(report.text())
   files = {f'{name}.png': output_folder.png(page) for name, page in pages.items()}
+  measured = measurements_of(args, report, shared)
+  if args.dataset in ('coco', 'localized_narratives'):
+    for name, found in measured.items():
+      files[_MEASUREMENT_FILES[name]] = found.json().encode()
   files['report.md'] = report.markdown().encode()
-  files['report.json'] = report.json().encode()
+  files['report.json'] = measurement.with_measurements(report.json(), measured).encode()
   for name, content in files.items():
     output_folder.write(folder / name, content)
   return [folder / name for name in files]
@@ -364,8 +370,6 @@ def _captions(args: argparse.Namespace, shared: _Shared):
     real=lambda: shared.real,
     **sampling,
   )
-  for name, found in _measurements(args, report, shared).items():
-    output_folder.write(folder / name, found.json().encode())
   pages = {}
   if shown.captions:
     pages['contact_sheet'] = sheets.sheet(
@@ -375,51 +379,6 @@ def _captions(args: argparse.Namespace, shared: _Shared):
       columns=4,
     )
   return report, pages, folder
-
-
-def _measurements(
-  args: argparse.Namespace,
-  report: captions_evaluation.Report,
-  shared: _Shared,
-) -> dict[str, measurement.Measurement]:
-  """Returns {file name: the generated pictures' row over a kind of features, for comparisons}."""
-  found = {}
-  for table, extractor in zip(report.distributions, shared.extractors):
-    inception = isinstance(extractor, features.Inception)
-    weights = (
-      extractor.digest
-      if isinstance(extractor, features.Inception)
-      else output_folder.ranker_weights(args.ranker or args.model)
-    )
-    row = table.rows['generated']
-    # Generated pictures are enlarged, or reduced, to the size of the real ones.
-    resize = picture_sets.RESIZE_FILTER
-    found['measurement.json' if inception else 'measurement_ranker.json'] = measurement.Measurement(
-      'captions',
-      {
-        'dataset': report.dataset,
-        'captions': report.captions,
-        'digest': output_folder.fingerprint(*(text.encode() for text in shared.captioned.captions)),
-        'pictures': row.pictures,
-        'real_pictures': row.real,
-        'real_digest': shared.real.digests[extractor.image_size],
-        'picture_size': extractor.image_size,
-        'resize': 'as its authors' if extractor.resizes else resize,
-        'compression': 'lossless',
-        'features': {'name': 'Inception v3' if inception else 'ranker', 'weights': weights},
-      },
-      {
-        'model': args.model or 'demo',
-        'weights': output_folder.model_fingerprint(args.model),
-        'seed': report.seed,
-        'num_images': report.num_images,
-        'picture_size': report.model_image_size,
-        'sampling': {**report.sampling, **sampling_flags.given_precision(args)},
-      },
-      measurement.of_row(row, inception),
-      list(table.remarks),
-    )
-  return found
 
 
 def _rejection(args: argparse.Namespace, shared: _Shared) -> int:
@@ -467,7 +426,9 @@ def _rejection(args: argparse.Namespace, shared: _Shared) -> int:
   print(report.text())
   picture = report.picture()
   files = {} if picture is None else {'rejection.png': output_folder.png(picture)}
-  files |= {'rejection.md': report.markdown().encode(), 'rejection.json': report.json().encode()}
+  measured = evaluate_measurements.of_rejection(args, report, comparisons, shared)
+  content = measurement.with_measurements(report.json(), measured)
+  files |= {'rejection.md': report.markdown().encode(), 'rejection.json': content.encode()}
   for name, content in files.items():
     output_folder.write(folder / name, content)
     print(folder / name)

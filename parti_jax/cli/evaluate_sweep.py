@@ -163,12 +163,20 @@ def run(
         argparse.Namespace(**(vars(args) | chosen | {'output_dir': str(place), 'sweep': None}))
       )
     reports.append((chosen, _read(place / _REPORT)))
-  _check_protocols([folder / 'points' / _name(chosen) for chosen in points])
+  measured = {
+    _name(chosen): _measurements(folder / 'points' / _name(chosen), report)
+    for chosen, report in reports
+  }
+  _check_protocols(measured)
   report = sweep.Report(args.sweep, claim, sweep.curves(reports))
   print(report.text())
   picture = report.picture()
   files = {} if picture is None else {'sweep.png': output_folder.png(picture)}
-  files |= {'sweep.md': report.markdown().encode(), 'sweep.json': report.json().encode()}
+  of_points = {
+    f'{point}/{name}': one for point, found in measured.items() for name, (_, one) in found.items()
+  }
+  content = measurement.with_measurements(report.json(), of_points)
+  files |= {'sweep.md': report.markdown().encode(), 'sweep.json': content.encode()}
   for name, content in files.items():
     output_folder.write(folder / name, content)
     print(folder / name)
@@ -180,17 +188,31 @@ def _name(chosen: Mapping[str, Any]) -> str:
   return ','.join(f'{key}={sweep.value_text(value)}' for key, value in chosen.items())
 
 
-def _check_protocols(places: Sequence[pathlib.Path]) -> None:
+def _measurements(
+  place: pathlib.Path, report: Mapping[str, Any]
+) -> dict[str, tuple[str, measurement.Measurement]]:
+  """Returns the measurements of a point: {name: (file, measurement)}."""
+  path = place / _REPORT
+  found = {name: (str(path), one) for name, one in measurement.of_report(str(path), report).items()}
+  # The reports of older versions have none, but those of captions have files beside them.
+  for file in [] if found else sorted(place.glob('measurement*.json')):
+    name = 'ranker' if file.stem.endswith('_ranker') else 'inception'
+    found[name] = str(file), measurement.read(str(file))
+  return found
+
+
+def _check_protocols(
+  points: Mapping[str, Mapping[str, tuple[str, measurement.Measurement]]],
+) -> None:
   """Raises UserError if measurements of points were made by unlike protocols.
 
   Real pictures, for example, may have been replaced between two runs of a sweep.
   """
-  first: dict[str, tuple[pathlib.Path, measurement.Measurement]] = {}
-  for place in places:
-    for path in sorted(place.glob('measurement*.json')):
-      found = measurement.read(str(path))
-      other, expected = first.setdefault(path.name, (path, found))
-      if different := measurement.differences(expected.protocol, found.protocol):
+  first: dict[str, tuple[str, measurement.Measurement]] = {}
+  for found in points.values():
+    for name, (path, one) in found.items():
+      other, expected = first.setdefault(name, (path, one))
+      if different := measurement.differences(expected.protocol, one.protocol):
         raise UserError(
           f'{other} and {path} were not measured by the same protocol; they differ in '
           f'{", ".join(different)}. Delete the folder of the point that is out of date, and the sweep '

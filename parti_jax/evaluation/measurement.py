@@ -10,6 +10,10 @@ The file of a measurement is JSON:
 
 Two measurements can be compared if their protocols are equal. `subject` is what was measured, such as
 the model, its seed and its guidance. It may differ, and `compare` shows where.
+
+The report of an evaluation (report.json, sweep.json, rejection.json) has other keys for its tables, and
+under `measurements` its numbers in this form, {name: measurement}, such as one for each split. The
+measurements of the same name in two reports are compared, or those that FILE#NAME chooses.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -29,7 +34,10 @@ from parti_jax.evaluation import tables
 from parti_jax.evaluation.metrics import distribution
 
 SCHEMA = 'parti_jax.measurement.1'
-# Maximum number of entries of a protocol that a message names.
+MEASUREMENTS = 'measurements'
+# Between the path of a report and the name of one of its measurements.
+_CHOICE = '#'
+# Maximum number of entries of a protocol, or of names of measurements, that a message names.
 _MOST_NAMED = 12
 
 
@@ -59,6 +67,11 @@ MEANINGS = {
   'alignment': Meaning('alignment', '', 'higher', 4),
   'CLIPScore': Meaning('CLIPScore', '', 'higher', 4),
   'HPSv2': Meaning('HPSv2', '', 'higher', 3),
+  'tone_right': Meaning('tone right', '', 'higher', 4),
+  'name_top1': Meaning('name top 1', '', 'higher', 4),
+  'name_top5': Meaning('name top 5', '', 'higher', 4),
+  'class_top1': Meaning('class top 1', '', 'higher', 4),
+  'class_top5': Meaning('class top 5', '', 'higher', 4),
   'rfid': Meaning('rFID', '', 'lower', 4),
   'psnr': Meaning('PSNR', 'dB', 'higher', 3),
   'ssim': Meaning('SSIM', '', 'higher', 4),
@@ -66,6 +79,8 @@ MEANINGS = {
   'codes_used': Meaning('share of codes used', '', '', 4),
   'code_perplexity': Meaning('perplexity of codes', '', '', 2),
 }
+# Values of scenes: 'task.NAME' and 'aspect.NAME' are shares of right pictures.
+_OF_SCENES = ('task.', 'aspect.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,10 +120,13 @@ class Measurement:
   values: Mapping[str, Value]
   remarks: Sequence[str] = ()
 
+  def content(self) -> dict[str, Any]:
+    """Returns the content of the file."""
+    return {'schema': SCHEMA, **dataclasses.asdict(self)}
+
   def json(self) -> str:
     """Renders the file."""
-    content = {'schema': SCHEMA, **dataclasses.asdict(self)}
-    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + '\n'
+    return _rendered(self.content())
 
   def cells(self) -> list[list[str]]:
     """Returns a header and a line for each number."""
@@ -158,23 +176,76 @@ def of_row(row: distribution.Row, inception: bool) -> dict[str, Value]:
   return found
 
 
+def with_measurements(report: str, found: Mapping[str, Measurement]) -> str:
+  """Adds measurements to the JSON of a report.
+
+  Args:
+    report: the JSON, an object without the key `measurements`.
+    found: {name: measurement}.
+  """
+  content = json.loads(report)
+  return _rendered(content | {MEASUREMENTS: {name: one.content() for name, one in found.items()}})
+
+
+def _rendered(content: Mapping[str, Any]) -> str:
+  return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + '\n'
+
+
 def read(path: str) -> Measurement:
   """Reads the file of a measurement.
 
   Raises:
     UserError: it can't be read, or isn't the file of a measurement.
   """
-  try:
-    content = storage.read_json(path)
-  except OSError as error:
-    raise UserError(f'{path} cannot be read ({error.strerror or error})') from error
-  except ValueError as error:
-    raise UserError(f'{path} is not JSON ({error})') from error
+  content = _content(path)
   if not isinstance(content, dict) or content.get('schema') != SCHEMA:
     raise UserError(
       f"{path} isn't a measurement ({SCHEMA}), as `parti-jax evaluate_samples` and "
       '`parti-jax evaluate_tokenizer` write it to measurement.json'
     )
+  return _parsed(path, content)
+
+
+def read_all(path: str) -> dict[str, Measurement]:
+  """Reads the measurements of a file: {name: measurement}.
+
+  Args:
+    path: a measurement, whose name is '', or a report with measurements.
+
+  Raises:
+    UserError: it can't be read, or is neither.
+  """
+  content = _content(path)
+  if isinstance(content, dict) and MEASUREMENTS in content:
+    return of_report(path, content)
+  return {'': read(path)}
+
+
+def of_report(path: str, report: Mapping[str, Any]) -> dict[str, Measurement]:
+  """Returns the measurements of a report's content; none if an older version wrote it.
+
+  Raises:
+    UserError: they are damaged; the message names `path`.
+  """
+  found = report.get(MEASUREMENTS, {})
+  if not isinstance(found, dict):
+    raise UserError(f'{path} is damaged: {MEASUREMENTS} has no names')
+  for name, content in found.items():
+    if not isinstance(content, dict) or content.get('schema') != SCHEMA:
+      raise UserError(f"{path} is damaged: {name} isn't a measurement ({SCHEMA})")
+  return {name: _parsed(f'{path}{_CHOICE}{name}', content) for name, content in found.items()}
+
+
+def _content(path: str) -> Any:
+  try:
+    return storage.read_json(path)
+  except OSError as error:
+    raise UserError(f'{path} cannot be read ({error.strerror or error})') from error
+  except ValueError as error:
+    raise UserError(f'{path} is not JSON ({error})') from error
+
+
+def _parsed(path: str, content: Mapping[str, Any]) -> Measurement:
   for name, kind in (('protocol', dict), ('subject', dict), ('values', dict), ('kind', str)):
     if not isinstance(content.get(name), kind):
       raise UserError(f'{path} is damaged: it lacks {name}')
@@ -273,19 +344,82 @@ class Comparison:
     return '\n'.join([*lines, 'Protocol of both: ' + _listed(one.protocol)])
 
 
-def compare(paths: tuple[str, str]) -> Comparison:
-  """Compares two measurements.
+@dataclasses.dataclass(frozen=True)
+class Comparisons:
+  """The measurements of the same names in two files.
+
+  Attributes:
+    pairs: the comparisons.
+    alone: file -> names that only it has.
+  """
+
+  pairs: Sequence[Comparison]
+  alone: Mapping[str, Sequence[str]]
+
+  def text(self) -> str:
+    """Renders all comparisons, and which measurements only one file has."""
+    lines = [f'Only in {path}: {_some(names)}.' for path, names in self.alone.items() if names]
+    blocks = [pair.text() for pair in self.pairs]
+    return '\n\n'.join([*blocks, *(['\n'.join(lines)] if lines else [])])
+
+
+def compare(paths: tuple[str, str]) -> Comparisons:
+  """Compares two measurements, or those of the same names in two reports.
 
   Args:
-    paths: their files.
+    paths: their files; FILE#NAME chooses a measurement of a report.
 
   Raises:
-    UserError: a file can't be read, or the protocols differ; the message names the entries.
+    UserError: a file can't be read, no names are the same, or protocols differ; the message names the
+      entries.
   """
-  one, other = (read(path) for path in paths)
-  different = differences(
-    {'kind': one.kind, **one.protocol}, {'kind': other.kind, **other.protocol}
+  one, other = (_chosen(path) for path in paths)
+  if len(one) == len(other) == 1:
+    return Comparisons([_compared(next(iter(one.items())), next(iter(other.items())))], {})
+  # Keyed by the names within the files.
+  names = [{_name(path): path for path in found} for found in (one, other)]
+  common = [name for name in names[0] if name in names[1]]
+  if not common:
+    raise UserError(
+      f'{paths[0]} has the measurements {_some(list(names[0]))}, and {paths[1]} {_some(list(names[1]))}; '
+      f'choose one of each as FILE{_CHOICE}NAME'
+    )
+  places = [(names[0][name], names[1][name]) for name in common]
+  return Comparisons(
+    [_compared((first, one[first]), (second, other[second])) for first, second in places],
+    {path: [name for name in own if name not in common] for path, own in zip(paths, names)},
   )
+
+
+def _chosen(path: str) -> dict[str, Measurement]:
+  """Returns {FILE or FILE#NAME: measurement} for a path that may choose one."""
+  file, choice, name = path.partition(_CHOICE)
+  if os.path.exists(path) or not choice:
+    file, name = path, ''
+  found = read_all(file)
+  if not found:
+    raise UserError(f'{file} has no measurements')
+  if name:
+    if name not in found:
+      raise UserError(f'{file} has no measurement {name!r}, but {_some(list(found))}')
+    found = {name: found[name]}
+  return {f'{file}{_CHOICE}{name}' if name else file: one for name, one in found.items()}
+
+
+def _name(place: str) -> str:
+  return place.rpartition(_CHOICE)[2]
+
+
+def _some(names: Sequence[str]) -> str:
+  """Lists names, the first ones of many."""
+  more = f' and {len(names) - _MOST_NAMED} more' if len(names) > _MOST_NAMED else ''
+  return ', '.join(names[:_MOST_NAMED]) + more
+
+
+def _compared(one: tuple[str, Measurement], other: tuple[str, Measurement]) -> Comparison:
+  """Compares two measurements, (place, measurement); raises UserError as `compare`."""
+  paths, measurements = (one[0], other[0]), (one[1], other[1])
+  different = differences(*({'kind': found.kind, **found.protocol} for found in measurements))
   if different:
     named = [
       f'{name} ({_short(pair[0])} and {_short(pair[1])})'
@@ -296,9 +430,9 @@ def compare(paths: tuple[str, str]) -> Comparison:
       f'{paths[0]} and {paths[1]} were not measured by the same protocol, so their numbers cannot be '
       f'compared; they differ in {", ".join(named)}{more}. Measure one of them again like the other'
     )
-  if not set(one.values) & set(other.values):
+  if not set(measurements[0].values) & set(measurements[1].values):
     raise UserError(f'{paths[0]} and {paths[1]} have no number in common')
-  return Comparison(paths, (one, other))
+  return Comparison(paths, measurements)
 
 
 def _joint_error(one: Value, other: Value) -> float | None:
@@ -311,6 +445,8 @@ def _joint_error(one: Value, other: Value) -> float | None:
 
 
 def _meaning(name: str) -> Meaning:
+  if name.startswith(_OF_SCENES):
+    return Meaning(name.replace('.', ': ', 1), '', 'higher', 4)
   return MEANINGS.get(name) or Meaning(name, '', '', 4)
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 import parti_jax
 from parti_jax.cli import evaluate
 from parti_jax.core.errors import UserError
+from parti_jax.evaluation import measurement
 from parti_jax.evaluation.datasets import picture_shards
 from parti_jax.evaluation.datasets import sample_files
 
@@ -160,6 +161,9 @@ def test_what_a_ranker_recognizes(pipeline, flags, tmp_path):
   unit = pipeline.ranker.text_features(NAMES)
   expected = np.mean([1, unit[0] @ unit[1], 1])
   assert found['alignment']['mean'] == pytest.approx(expected, abs=1e-6)
+  measured = measurement.read_all(str(tmp_path / 'out' / 'report.json'))['ranker']
+  assert measured.values['class_top1'].value == found['top1']['mean']
+  assert measured.protocol['per_class'] == 5 and measured.subject['label'] == 'name'
   assert '| 3 | 15 |' in (tmp_path / 'out' / 'report.md').read_text()
 
 

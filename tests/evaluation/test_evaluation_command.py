@@ -11,6 +11,7 @@ import parti_jax
 from parti_jax.cli import evaluate
 from parti_jax.core.errors import UserError
 from parti_jax.data import openmoji
+from parti_jax.evaluation import measurement
 from parti_jax.evaluation import output_folder
 
 
@@ -64,6 +65,14 @@ def test_prints_the_table_and_writes_reports_and_sheets(pipeline, tmp_path, caps
     'weights': 'int8',
     'cache': 'int8',
   }
+  measured = measurement.read_all(str(folder / 'report.json'))
+  assert list(measured) == ['validation/judge', 'unseen_combinations/judge']
+  for split, found in zip(content['splits'], measured.values()):
+    expected = split['rows']['generated']['name_top1']
+    assert found.values['name_top1'].value == expected['mean']
+    assert found.values['name_top1'].error == expected['standard_error']
+    assert found.protocol['prompts'] == split['prompts']
+  assert 'tone_right' not in measured['validation/judge'].values  # Its names have no tones.
   assert (folder / 'report.md').read_text().startswith('# Evaluation on OpenMoji\n')
   assert Image.open(folder / 'validation.png').width > 3 * 128
   printed = capsys.readouterr()

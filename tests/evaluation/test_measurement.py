@@ -49,7 +49,8 @@ def test_measurements_by_the_same_protocol_are_compared(tmp_path, capsys):
     },
   )
   paths = _written(tmp_path / 'a.json', ONE), _written(tmp_path / 'b.json', other)
-  lines = measurement.compare(paths).cells()
+  (pair,) = measurement.compare(paths).pairs
+  lines = pair.cells()
   assert lines[1:] == [
     ['FID', 'lower', '12.5000 ± 0.3000', '10.5000 ± 0.4000', '-2.0000', '4.0'],
     # Deviations between parts are no standard errors.
@@ -124,3 +125,44 @@ def test_nothing_in_common_and_no_file(tmp_path):
   (tmp_path / 'c.json').write_text('{')
   with pytest.raises(UserError, match='is not JSON'):
     measurement.read(str(tmp_path / 'c.json'))
+
+
+def _report(path, **found):
+  path.write_text(measurement.with_measurements('{"splits": []}', found), encoding='utf-8')
+  return str(path)
+
+
+def test_reports_are_compared_by_the_names_of_their_measurements(tmp_path, capsys):
+  better = _changed(values={'fid': measurement.Value(10.5)})
+  paths = _report(tmp_path / 'a.json', x=ONE, y=better), _report(tmp_path / 'b.json', y=ONE, z=ONE)
+  (pair,) = measurement.compare(paths).pairs
+  assert pair.names == (f'{paths[0]}#y', f'{paths[1]}#y') and pair.measurements == (better, ONE)
+  assert main.main(['compare', *paths]) == 0
+  printed = capsys.readouterr().out
+  assert f'Only in {paths[0]}: x.' in printed and f'Only in {paths[1]}: z.' in printed
+  # One of each, whatever their names, and one of a report with a measurement's own file.
+  (pair,) = measurement.compare((f'{paths[0]}#y', f'{paths[1]}#z')).pairs
+  assert pair.cells()[1][-2:] == ['+2.0000', '-']
+  (pair,) = measurement.compare((f'{paths[0]}#x', _written(tmp_path / 'c.json', better))).pairs
+  assert pair.measurements == (ONE, better)
+  # A file whose name has the sign.
+  (pair,) = measurement.compare((_written(tmp_path / 'a#x.json', ONE), f'{paths[0]}#y')).pairs
+  assert pair.measurements == (ONE, better)
+
+
+def test_reports_that_cannot_be_compared(tmp_path):
+  unlike = _changed(protocol={**ONE.protocol, 'resize': 'bicubic'})
+  paths = _report(tmp_path / 'a.json', x=ONE, y=ONE), _report(tmp_path / 'b.json', x=ONE, y=unlike)
+  with pytest.raises(UserError, match='a.json#y and .*b.json#y were not measured by .* resize'):
+    measurement.compare(paths)
+  assert len(measurement.compare((paths[0], f'{paths[1]}#x')).pairs) == 1
+  with pytest.raises(UserError, match="has no measurement 'w', but x, y"):
+    measurement.compare((f'{paths[0]}#w', paths[1]))
+  other = _report(tmp_path / 'c.json', v=ONE, w=ONE)
+  with pytest.raises(UserError, match='has the measurements x, y, and .* v, w; choose one of each'):
+    measurement.compare((paths[0], other))
+  with pytest.raises(UserError, match='has no measurements'):
+    measurement.compare((_report(tmp_path / 'd.json'), other))
+  (tmp_path / 'e.json').write_text('{"measurements": {"x": {"schema": "other"}}}')
+  with pytest.raises(UserError, match="e.json is damaged: x isn't a measurement"):
+    measurement.compare((str(tmp_path / 'e.json'), other))

@@ -12,6 +12,7 @@ from parti_jax.cli import evaluate
 from parti_jax.core.errors import UserError
 from parti_jax.data import openmoji_grammar
 from parti_jax.data import openmoji_scenes as scenes
+from parti_jax.evaluation import measurement
 from parti_jax.evaluation import output_folder
 from parti_jax.evaluation.openmoji import scene_evaluation
 from parti_jax.evaluation.openmoji import scene_report
@@ -99,8 +100,16 @@ def test_the_report_its_rows_and_sheets(model, few_training_scenes, tmp_path, ca
   printed = capsys.readouterr().out
   content = json.loads((tmp_path / 'report.json').read_text())
   assert [split['split'] for split in content['splits']] == list(_SPLITS)
+  measured = measurement.read_all(str(tmp_path / 'report.json'))
+  assert len(measured) == 2 * len(_SPLITS)
   for split in content['splits']:
     rows = split['rows']
+    found = measured[f'{split["split"]}/judge']
+    assert found.values['task.overall'].value == rows['generated']['tasks']['overall']['mean']
+    assert found.values['aspect.right'].value == 0.5
+    ranked = measured[f'{split["split"]}/judge_of_ranked_first']
+    assert ranked.values['aspect.right'].value == 1 and 'chosen_by' in ranked.subject
+    assert ranked.protocol == found.protocol
     assert list(rows) == [
       'generated',
       'ranked_first',

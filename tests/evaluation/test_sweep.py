@@ -16,6 +16,7 @@ from parti_jax.cli import evaluate
 from parti_jax.core.errors import UserError
 from parti_jax.data import openmoji
 from parti_jax.evaluation import line_chart
+from parti_jax.evaluation import measurement
 from parti_jax.evaluation import rejection
 from parti_jax.evaluation.datasets import picture_shards
 from parti_jax.evaluation.metrics import frechet
@@ -100,6 +101,10 @@ def test_each_point_has_its_settings_and_the_curve_its_numbers(pipeline, coco, t
     row = report['distributions'][0]['rows']['generated']
     assert report['sampling'] == point['settings'] and point['row'] == row
     assert row['pictures'] == PICTURES and row['alignment']['mean'] < 1
+    one = measurement.read_all(str(out / 'points' / name / 'report.json'))['ranker']
+    assert measurement.read_all(str(out / 'sweep.json'))[f'{name}/ranker'] == one
+    assert one.values['frechet_distance'].value == row['frechet_distance']
+    assert one.subject['sampling'] == point['settings']
   picture = Image.open(out / 'sweep.png')
   assert picture.width == 560 and picture.height == 400 + 2 * 17  # Two lines, named below.
   printed = capsys.readouterr().out
@@ -185,6 +190,12 @@ def test_splits_of_openmoji_are_curves(pipeline, tmp_path):
   count = len(pipeline.generated)
   run(*flags, '--sweep', 'guidance_scale=1,2', f'--output_dir={out}')
   assert len(pipeline.generated) == count
+  place = f'{out}/sweep.json#guidance_scale='
+  names = f'{place}1/validation/ranker', f'{place}2/validation/ranker'
+  text = measurement.compare(names).text()
+  assert f'sampling.guidance_scale: 1.0 in {names[0]}, 2.0 in {names[1]}' in text
+  with pytest.raises(UserError, match='differ in dataset'):
+    measurement.compare((names[0], f'{place}1/unseen_combinations/ranker'))
 
 
 @pytest.mark.parametrize(
@@ -253,6 +264,13 @@ def test_rejection_keeps_the_best_and_compares_equal_numbers(pipeline, coco, tmp
   )
   assert distances[0] == pytest.approx(expected, abs=1e-6)
   assert Image.open(out / 'rejection.png').size == (560, 400)
+  measured = measurement.read_all(str(out / 'rejection.json'))
+  assert list(measured) == [f'share={share}/ranker' for share in ('0.05', '0.5', '1')]
+  for found, row, share in zip(measured.values(), rows, (0.05, 0.5, 1)):
+    assert found.values['frechet_distance'].value == row['frechet_distance']
+    assert found.subject['share'] == share
+  paths = [f'{out}/rejection.json#{name}' for name in ('share=0.05/ranker', 'share=1/ranker')]
+  assert 'accepted: 1 in ' in measurement.compare((paths[0], paths[1])).text()
   count = len(pipeline.generated)
   run(*flags)
   assert len(pipeline.generated) == count
