@@ -503,9 +503,12 @@ class ShareExamples:
       and self._empty_epochs >= patience(self._opened, self._reading)
     ):
       raise self._no_usable_example()
-    if (skipped or shortened) and (self._taken or self._lost):
+    # Small data sets end thousands of epochs: after the first, a line each time their number doubles.
+    if (
+      (skipped or shortened) and (self._taken or self._lost) and not self._epoch & (self._epoch - 1)
+    ):
       logging.warning(
-        '%s: epoch %d ended after %d examples; so far skipped: %s; kept in part: %s',
+        '%s: epoch %d ended after %d examples; in all epochs so far skipped: %s; kept in part: %s',
         where,
         self._epoch,
         self._taken,

@@ -270,6 +270,13 @@ def test_a_damaged_record_is_skipped_in_its_share(cache, caplog):
   ] == ['train-00001.array_record']
 
 
+def test_epochs_report_rarer_and_rarer_what_they_skip(cache, caplog):
+  _damage_a_record(cache)
+  list(Batches('cached_tokens', 'train', 3, LENGTHS, seed=1, num_epochs=10))
+  told = re.findall(r'epoch (\d+) ended after 9 .* so far skipped: (\d+) damaged', caplog.text)
+  assert told == [('0', '1'), ('1', '2'), ('2', '3'), ('4', '5'), ('8', '9')]
+
+
 @pytest.mark.parametrize('codes', [2**16, 2**16 + 1])
 @pytest.mark.parametrize('views', [1, 3])
 def test_codes_and_views_of_any_number(tmp_path, codes, views):
