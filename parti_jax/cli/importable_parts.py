@@ -515,9 +515,11 @@ def _text_encoder_of_llamagen(given: Given, config) -> Mapping[str, Any]:
 
 
 def _described_generator(config, count: int) -> str:
+  classes = getattr(config, 'classes', None)
+  condition = f'{config.text_length} text tokens' if classes is None else f'{classes:,} classes'
   return (
     f'a generator of {count:,} parameters, {config.decoder_layers} decoder layers of width '
-    f'{config.width}, {config.text_length} text tokens'
+    f'{config.width}, {condition}'
   )
 
 

@@ -121,13 +121,15 @@ def test_the_folders_are_whole_models(models):
   assert (models / 't2i' / 'vocabulary.model').read_bytes() == VOCABULARY.read_bytes()
 
 
-def test_the_import_says_where_texts_become_tokens(sources, tmp_path, capsys):
-  for kind, used in (
-    ('c2i', 'the numbers of the classes; --vocabulary gives them names'),
-    ('t2i', f'the vocabulary of {sources / "t5"}'),
+def test_the_import_says_what_it_reads_and_makes(sources, tmp_path, capsys):
+  for kind, used, made in (
+    ('c2i', 'the numbers of the classes; --vocabulary gives them names', '5 classes'),
+    ('t2i', f'the vocabulary of {sources / "t5"}', '6 text tokens'),
   ):
     assert _import(sources, kind, tmp_path / kind) == 0
-    assert capsys.readouterr().err == f'parti-jax: using {used}\n'
+    shown = capsys.readouterr()
+    assert shown.err == f'parti-jax: using {used}\n'
+    assert f'2 decoder layers of width 16, {made}; use it' in shown.out
 
 
 def test_info_describes_both(models, capsys):
