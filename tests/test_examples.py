@@ -21,7 +21,8 @@ def _code(notebook):
 
 
 def test_there_are_notebooks():
-  assert {path.stem for path in NOTEBOOKS} >= {'draw', 'new_objective', 'train_on_your_pictures'}
+  expected = {'draw', 'edit', 'new_objective', 'train_on_your_pictures'}
+  assert {path.stem for path in NOTEBOOKS} >= expected
 
 
 @pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda path: path.stem)
@@ -47,6 +48,11 @@ def test_notebooks_run(notebook, tmp_path, monkeypatch):
     # Chance is log(64) = 4.2; positions of the shapes stay unknown to the text.
     assert float(names['metrics']['loss']) < 2.5
     assert names['result'].images.shape == (2, 4, 16, 16, 3)
+  if notebook.stem == 'edit':
+    assert names['unchanged']
+    assert names['likelihoods'].argmax(axis=0).tolist() == [0, 1, 2]
+    assert [partial.rows for partial in names['partials']] == list(range(1, 9))
+    assert names['partials'][-1].result.images.shape == (1, 2, 64, 64, 3)
   if notebook.stem == 'new_objective':
     measures = names['trainer'].evaluate(names['state'].params, [names['batch']])
     assert measures['accuracy'] > 0.9
