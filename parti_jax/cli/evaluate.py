@@ -250,6 +250,11 @@ class _Shared:
     return found
 
   @functools.cached_property
+  def against(self) -> evaluate_classes.Against:
+    """The reference that samples of classes are compared with."""
+    return evaluate_classes.Against(self._args, self.model)
+
+  @functools.cached_property
   def judge(self) -> openmoji_judge.Judge:
     """The judge for OpenMoji, with all real pictures."""
     pictures = openmoji.pictures()
@@ -427,8 +432,8 @@ def _rejection(args: argparse.Namespace, shared: _Shared) -> int:
   picture = report.picture()
   files = {} if picture is None else {'rejection.png': output_folder.png(picture)}
   measured = evaluate_measurements.of_rejection(args, report, comparisons, shared)
-  content = measurement.with_measurements(report.json(), measured)
-  files |= {'rejection.md': report.markdown().encode(), 'rejection.json': content.encode()}
+  numbers = measurement.with_measurements(report.json(), measured)
+  files |= {'rejection.md': report.markdown().encode(), 'rejection.json': numbers.encode()}
   for name, content in files.items():
     output_folder.write(folder / name, content)
     print(folder / name)
@@ -493,11 +498,16 @@ def _check_flags(args: argparse.Namespace):
       '--inception_weights does not apply to --dataset=openmoji_scenes, whose pictures are judged one '
       'by one'
     )
-  for flag in ('sweep', 'rejection'):
-    if getattr(args, flag) is not None and args.dataset not in _AS_SETS:
+  if args.sweep is not None and args.dataset == 'imagenet' and args.reference is None:
+    raise UserError(
+      '--sweep compares sets of pictures with real ones, for which --dataset=imagenet needs '
+      '--reference PATH'
+    )
+  for flag, datasets in (('sweep', (*_AS_SETS, 'imagenet')), ('rejection', _AS_SETS)):
+    if getattr(args, flag) is not None and args.dataset not in datasets:
       raise UserError(
         f'--{flag} compares sets of pictures with real ones; it applies to --dataset='
-        f'{", ".join(_AS_SETS)}, not to {args.dataset}'
+        f'{", ".join(datasets)}, not to {args.dataset}'
       )
   evaluate_sweep.check(args)
   if args.dataset == 'imagenet':

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import pathlib
 from typing import Any
 
+from parti_jax.cli import evaluate_samples
 from parti_jax.cli import sampling_flags
 from parti_jax.core.errors import UserError
 from parti_jax.data import class_names
 from parti_jax.evaluation import class_samples
+from parti_jax.evaluation import feature_blocks
+from parti_jax.evaluation import measurement
 from parti_jax.evaluation import output_folder
+from parti_jax.evaluation import samples_evaluation
+from parti_jax.evaluation.datasets import picture_sets
 from parti_jax.sampling import sheets
 
 # Flags that only apply to this data set, with their defaults.
@@ -20,6 +27,7 @@ DEFAULTS: dict[str, Any] = {
   'per_class': 50,
   'samples': ['npz'],
   'sample_size': None,
+  'reference': None,
 }
 
 
@@ -59,6 +67,13 @@ def add_arguments(parser: argparse.ArgumentParser):
     metavar='PIXELS',
     help="height and width of these pictures (default: the model's)",
   )
+  classes.add_argument(
+    '--reference',
+    metavar='PATH',
+    help='also compare the pictures with this .npz or folder of pictures, as `parti-jax evaluate_samples` '
+    "does, over Inception's features with --inception_weights and else over a ranker's; needed for "
+    '--sweep',
+  )
 
 
 def check(args: argparse.Namespace):
@@ -67,10 +82,10 @@ def check(args: argparse.Namespace):
     raise UserError(
       '--dataset=imagenet needs --classes FILE, the names of the classes in the order of their ids'
     )
-  if args.inception_weights is not None:
+  if args.inception_weights is not None and args.reference is None:
     raise UserError(
-      '--inception_weights does not apply to --dataset=imagenet, which draws samples; give it to '
-      '`parti-jax evaluate_samples`, which compares them with real pictures'
+      '--inception_weights needs --reference PATH with --dataset=imagenet: real pictures that the samples '
+      'are compared with'
     )
   for form in args.samples:
     if form not in class_samples.FORMS:
@@ -80,12 +95,87 @@ def check(args: argparse.Namespace):
   class_names.read(args.classes).texts(args.label, args.template)
 
 
+class Against:
+  """A reference that samples of classes are compared with, at one setting or at several.
+
+  Args:
+    args: the flags, with the output folder of the whole command.
+    model: the model, whose ranker computes features without --inception_weights.
+
+  Raises:
+    UserError: the reference or the network can't be read, or the reference is an .npz of pictures of
+      another size.
+
+  Attributes:
+    identity: what the features depend on, for the output folder.
+  """
+
+  def __init__(self, args: argparse.Namespace, model):
+    self._reference = samples_evaluation.open_reference(args.reference)
+    self._size = args.sample_size or model.image_size
+    self._forms = args.samples
+    pictures = self._reference.pictures
+    if isinstance(pictures, picture_sets.NpzSet) and pictures.size() != (self._size, self._size):
+      height, width = pictures.size()
+      raise UserError(
+        f'--reference {args.reference} has pictures of {height}×{width} pixels, but the samples have '
+        f'{self._size}×{self._size}; give --sample_size, or a reference of that size'
+      )
+    self._extractor, self._of_features = evaluate_samples.network(args, model=model)
+    self._folder = pathlib.Path(args.output_dir) / 'reference'
+    self.identity = {'reference': self._reference.identity(), 'features': self._of_features}
+
+  @functools.cached_property
+  def store(self) -> feature_blocks.Store:
+    """The features of the reference's pictures, which are computed once.
+
+    Raises:
+      UserError: pictures can't be read, or the folder holds features of another reference.
+    """
+    folder = output_folder.make(str(self._folder))
+    output_folder.claim(folder, {**self.identity, 'image_size': self._size})
+    store = feature_blocks.Store(folder, 'reference')
+    if self._reference.pictures is not None:
+      # Pictures of a folder are cropped and resized where they have another size; the protocol says so.
+      samples_evaluation.compute(
+        self._reference.pictures, self._extractor, store, self._size, progress='reference'
+      )
+    return store
+
+  def measure(self, folder: pathlib.Path) -> measurement.Measurement:
+    """Compares the samples in a folder, and writes measurement.json and measurement.md there."""
+    form = 'npz' if 'npz' in self._forms else 'png'
+    name = {'npz': class_samples.NPZ_FILE, 'png': class_samples.PNG_FOLDER}[form]
+    samples = picture_sets.open_path(str(folder / name))
+    place = output_folder.make(str(folder / 'measured' / form))
+    output_folder.claim(place, {'samples': samples.identity(), 'features': self._of_features})
+    store = feature_blocks.Store(place, 'samples')
+    samples_evaluation.compute(samples, self._extractor, store, None, progress='samples')
+    found = samples_evaluation.evaluate(
+      samples, self._reference, self._extractor, self._of_features, (store, self.store)
+    )
+    for _ in samples_evaluation.write(folder, found):
+      pass
+    return found
+
+
+def claim(args: argparse.Namespace, shared) -> dict[str, Any]:
+  """Returns what the points of a sweep depend on besides the flags of all data sets."""
+  texts = class_names.read(args.classes).texts(args.label, args.template)
+  return {
+    'classes': output_folder.fingerprint(*(text.encode() for text in texts)),
+    'per_class': args.per_class,
+    'sample_size': args.sample_size,
+    **shared.against.identity,
+  }
+
+
 def run(args: argparse.Namespace, shared):
   """Draws pictures of classes.
 
   Args:
     args: the checked flags.
-    shared: has the model, `evaluate._Shared`.
+    shared: has the model, and with --reference what to compare with, `evaluate._Shared`.
 
   Returns:
     The report, its contact sheets by name, and their folder.
@@ -107,6 +197,7 @@ def run(args: argparse.Namespace, shared):
       f'--classes {args.classes} has {len(texts):,} classes, but the model '
       f'{shared.model.model_name} knows {known:,}'
     )
+  against = None if args.reference is None else shared.against
   folder = output_folder.make(args.output_dir)
   sampling = sampling_flags.overriding(args)
   digest = output_folder.fingerprint(*(text.encode() for text in texts))
@@ -124,6 +215,8 @@ def run(args: argparse.Namespace, shared):
       'ranker': output_folder.ranker_fingerprint(args.ranker if args.num_images > 1 else None),
     },
   )
+  if against is not None:
+    _ = against.store  # Damaged references are found before pictures are drawn.
   report, shown = class_samples.draw(
     shared.model,
     texts,

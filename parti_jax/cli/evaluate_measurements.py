@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import pathlib
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
@@ -102,35 +103,40 @@ def of_scenes(
 def of_classes(
   args: argparse.Namespace, report: class_samples.Report, shared
 ) -> dict[str, measurement.Measurement]:
-  """Returns what the ranker recognizes; the arguments are those of `of_openmoji`."""
+  """Returns how the samples compare with --reference, and what the ranker recognizes.
+
+  Args:
+    args: the flags.
+    report: the report of the samples, which are in the output folder.
+    shared: has the reference, `evaluate._Shared`.
+  """
+  found = {}
+  if args.reference is not None:
+    found['reference'] = shared.against.measure(pathlib.Path(args.output_dir))
+    print(found['reference'].text())
   if report.recognized is None:
-    return {}
-  del shared
-  names = class_names.read(args.classes).texts('name', args.template)
+    return found
   values = {
     'alignment': report.recognized.alignment,
     'class_top1': report.recognized.top1,
     'class_top5': report.recognized.top5,
   }
-  return {
-    'ranker': measurement.Measurement(
-      'classes',
-      {
-        'classes': report.classes,
-        'names': _digest(names),
-        'per_class': report.per_class,
-        'features': _ranker_protocol(args),
-      },
-      _subject(args, report.seed, report.num_images, report.model_image_size)
-      | {'label': report.label, 'texts': report.texts},
-      {
-        name: measurement.Value(
-          found.mean, found.error, '' if found.error is None else _OVER_CLASSES
-        )
-        for name, found in values.items()
-      },
-    )
-  }
+  found['ranker'] = measurement.Measurement(
+    'classes',
+    {
+      'classes': report.classes,
+      'names': _digest(class_names.read(args.classes).texts('name', args.template)),
+      'per_class': report.per_class,
+      'features': _ranker_protocol(args),
+    },
+    _subject(args, report.seed, report.num_images, report.model_image_size)
+    | {'label': report.label, 'texts': report.texts},
+    {
+      name: measurement.Value(one.mean, one.error, '' if one.error is None else _OVER_CLASSES)
+      for name, one in values.items()
+    },
+  )
+  return found
 
 
 def of_captions(

@@ -123,7 +123,7 @@ def _run(args: argparse.Namespace, connect: Callable[[], tuple[int, int]], toget
     folder,
     {
       'samples': samples.identity(),
-      'reference': _identity(reference),
+      'reference': None if reference is None else reference.identity(),
       'features': of_features,
       'image_size': args.image_size,
     },
@@ -163,20 +163,21 @@ def _run(args: argparse.Namespace, connect: Callable[[], tuple[int, int]], toget
 
 
 def network(
-  args: argparse.Namespace, spatial: bool = True
+  args: argparse.Namespace, spatial: bool = True, model=None
 ) -> tuple[features.Extractor, dict[str, Any]]:
   """Returns the network that computes features, and what the protocol says of it.
 
   Args:
-    args: with the flags --inception_weights, --resize, --model and --ranker.
+    args: with the flags --inception_weights, --model and --ranker, and possibly --resize.
     spatial: whether to compute the features for sFID.
+    model: the model that --model and --ranker name, if it is loaded.
 
   Raises:
     UserError: its weights can't be read, or the model has no ranker.
   """
   start_cache.enable()
   if args.inception_weights is not None:
-    resize = args.resize or 'tensorflow1'
+    resize = getattr(args, 'resize', None) or 'tensorflow1'
     inception = features.Inception(args.inception_weights, None, spatial, resize=resize)
     return inception, {
       'network': 'Inception v3 of 2015-12-05',
@@ -184,9 +185,10 @@ def network(
       'resize': features.RESIZES[resize],
       'pixels': 'uint8',
     }
-  import parti_jax
+  if model is None:
+    import parti_jax
 
-  model = parti_jax.load(args.model, ranker=args.ranker)
+    model = parti_jax.load(args.model, ranker=args.ranker)
   if model.ranker is None:
     raise UserError(
       f'the model {model.model_name} has no ranker; give --inception_weights or --ranker'
@@ -199,12 +201,6 @@ def network(
     + ('as its authors' if ranker.resizes else picture_sets.RESIZE_FILTER),
     'pixels': 'uint8',
   }
-
-
-def _identity(reference: samples_evaluation.Reference | None) -> str | None:
-  if reference is None:
-    return None
-  return ' '.join([reference.digest, reference.pictures.identity() if reference.pictures else ''])
 
 
 def _check_flags(args: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
+from parti_jax.cli import evaluate_classes
 from parti_jax.cli import sampling_flags
 from parti_jax.core.errors import UserError
 from parti_jax.evaluation import measurement
@@ -42,7 +43,9 @@ _MAX_REPORT = 2**28
 
 def add_arguments(parser: argparse.ArgumentParser):
   """Adds the flags of sweeps and of rejection."""
-  group = parser.add_argument_group('curves, for openmoji, coco and localized_narratives')
+  group = parser.add_argument_group(
+    'curves, for openmoji, coco and localized_narratives; sweeps also for imagenet'
+  )
   group.add_argument(
     '--sweep',
     nargs='+',
@@ -144,13 +147,13 @@ def run(
     UserError: the model has nothing to compare pictures with, or the output folder can't be written or
       holds another run.
   """
-  if not shared.extractors:
+  if args.dataset != 'imagenet' and not shared.extractors:
     raise UserError(
       f'--sweep: the model {shared.model.model_name} has no ranker whose features could be used to '
       'compare pictures; give --inception_weights or --ranker'
     )
-  folder = output_folder.make(args.output_dir)
   claim = _claim(args, shared)
+  folder = output_folder.make(args.output_dir)
   output_folder.claim(folder, claim)
   points = _points(args.sweep)
   reports = []
@@ -175,8 +178,8 @@ def run(
   of_points = {
     f'{point}/{name}': one for point, found in measured.items() for name, (_, one) in found.items()
   }
-  content = measurement.with_measurements(report.json(), of_points)
-  files |= {'sweep.md': report.markdown().encode(), 'sweep.json': content.encode()}
+  numbers = measurement.with_measurements(report.json(), of_points)
+  files |= {'sweep.md': report.markdown().encode(), 'sweep.json': numbers.encode()}
   for name, content in files.items():
     output_folder.write(folder / name, content)
     print(folder / name)
@@ -228,6 +231,10 @@ def _claim(args: argparse.Namespace, shared) -> dict[str, Any]:
     'sampling': sampling | sampling_flags.given_precision(args),
     'model': output_folder.model_fingerprint(args.model),
     'ranker': output_folder.ranker_fingerprint(args.ranker),
+  }
+  if args.dataset == 'imagenet':
+    return claim | evaluate_classes.claim(args, shared)
+  claim |= {
     'features': [extractor.name for extractor in shared.extractors],
     'inception_weights': next(
       (found.digest for found in shared.extractors if isinstance(found, features.Inception)), None

@@ -69,6 +69,10 @@ class Reference:
   pictures: picture_sets.PictureSet | None
   digest: str
 
+  def identity(self) -> str:
+    """Returns a text that changes with the reference."""
+    return f'{self.digest} {self.pictures.identity() if self.pictures else ""}'
+
 
 def open_reference(path: str) -> Reference:
   """Opens an .npz of pictures or statistics, or a folder of pictures.

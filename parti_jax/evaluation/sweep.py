@@ -51,14 +51,16 @@ class Curve:
   Attributes:
     pictures: name of the set of pictures.
     features: description of the features.
-    dim: number of features.
+    dim: number of features; None for samples of classes.
     points: the points, in the order of the sweep.
+    reported: remarks of the points' measurements, for samples of classes.
   """
 
   pictures: str
   features: str
-  dim: int
+  dim: int | None
   points: Sequence[Point]
+  reported: Sequence[str] = ()
 
   @property
   def title(self) -> str:
@@ -66,6 +68,8 @@ class Curve:
 
   def remarks(self) -> list[str]:
     """Returns why distances are unreliable, if they are."""
+    if self.dim is None:
+      return list(self.reported)
     return distribution.row_remarks(self.points[0].row, self.dim)
 
   def cells(self) -> list[list[str]]:
@@ -171,6 +175,8 @@ def curves(reports: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> li
   Args:
     reports: the settings of each point, and the content of its report.json.
   """
+  if any('recognized' in report for _, report in reports):
+    return [_of_classes(reports)]
   found: dict[tuple[str, str, int], list[Point]] = {}
   for settings, report in reports:
     for name, distributions in _sets(report):
@@ -181,6 +187,35 @@ def curves(reports: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> li
         key = name, table['features'], table['dim']
         found.setdefault(key, []).append(Point(settings, row))
   return [Curve(*key, points) for key, points in found.items()]
+
+
+def _of_classes(reports: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> Curve:
+  """Returns the curve of samples of classes, which were compared with one reference."""
+  points, remarks = [], []
+  measured: Mapping[str, Any] = {}
+  for settings, report in reports:
+    measured = report['measurements']['reference']
+    values = measured['values']
+    value_of = {name: value['value'] for name, value in values.items()}
+    score, aligned = values.get('inception_score'), report['recognized']
+    row = distribution.Row(
+      pictures=measured['protocol']['pictures'],
+      real=measured['protocol']['reference'].get('pictures'),
+      frechet_distance=value_of['fid'] if 'fid' in value_of else value_of['frechet_distance'],
+      precision=value_of.get('precision'),
+      recall=value_of.get('recall'),
+      inception_score=score and distribution.Estimate(score['value'], score['error']),
+      alignment=aligned and distribution.Estimate(**aligned['alignment']),
+    )
+    points.append(Point(settings, row))
+    remarks += measured['remarks']
+  return Curve(
+    f'samples of classes against {measured["subject"]["reference"]}',
+    measured['subject']['network'],
+    None,
+    points,
+    list(dict.fromkeys(remarks)),
+  )
 
 
 def _sets(report: Mapping[str, Any]) -> list[tuple[str, Sequence[Mapping[str, Any]]]]:

@@ -14,6 +14,7 @@ from PIL import Image
 
 import parti_jax
 from parti_jax.cli import evaluate
+from parti_jax.cli import evaluate_samples
 from parti_jax.core.errors import UserError
 from parti_jax.evaluation import measurement
 from parti_jax.evaluation.datasets import picture_shards
@@ -184,7 +185,9 @@ def test_the_best_of_several_by_the_ranker(pipeline, flags, tmp_path):
     (['--dataset=imagenet', '--classes=nothing.txt'], 'nothing.txt cannot be read'),
     (['--dataset=imagenet', '--per_class=0'], '--per_class must be a positive number'),
     (['--dataset=imagenet', '--sample_size=0'], '--sample_size'),
-    (['--dataset=imagenet', '--sweep', 'top_p=1'], '--sweep compares sets of pictures with real'),
+    (['--dataset=imagenet', '--sweep', 'top_p=1'], 'needs --reference PATH'),
+    (['--dataset=imagenet', '--reference=x', '--rejection', '1'], 'not to imagenet'),
+    (['--reference=x'], '--reference only applies to --dataset=imagenet'),
   ],
 )
 def test_bad_flags(pipeline, tmp_path, flags_given, message):
@@ -234,3 +237,100 @@ def test_an_npz_that_cannot_be_whole_leaves_nothing(tmp_path):
   size = sample_files.npz_bytes(2, 4)
   sample_files.write_npz(tmp_path / 'x.npz', batches, np.arange(2), 4)
   assert 0 <= size - (tmp_path / 'x.npz').stat().st_size < 1024
+
+
+def _reference(path, seed=0, size=fakes.SIZE, **arrays):
+  images = np.random.default_rng(seed).integers(0, 256, (20, size, size, 3), dtype=np.uint8)
+  np.savez(path, arr_0=images, **arrays)
+  return f'--reference={path}'
+
+
+def test_samples_are_compared_with_a_reference(pipeline, flags, tmp_path, capsys):
+  pipeline.ranker = fakes.FakeRanker(draw)
+  reference = _reference(tmp_path / 'real.npz')
+  out = tmp_path / 'out'
+  run(*flags, reference, f'--output_dir={out}')
+  assert "Fréchet distance of the ranker's features" in capsys.readouterr().out
+  found = measurement.read(str(out / 'measurement.json'))
+  assert measurement.read_all(str(out / 'report.json'))['reference'] == found
+  assert found.protocol['pictures'] == 15 and found.protocol['reference']['pictures'] == 20
+  assert found.subject['drawn_with']['per_class'] == 5
+  # Exactly the numbers and the protocol of the other command.
+  parser = argparse.ArgumentParser()
+  evaluate_samples.add_arguments(parser)
+  command = [f'{out}/samples.npz', reference, f'--output_dir={tmp_path}/alone']
+  evaluate_samples.run(parser.parse_args(command))
+  alone = measurement.read(str(tmp_path / 'alone' / 'measurement.json'))
+  assert (alone.values, alone.protocol) == (found.values, found.protocol)
+  # The same pictures as PNG files, without drawing any.
+  count = len(pipeline.generated)
+  run(*flags, reference, '--samples=png', f'--output_dir={out}')
+  again = measurement.read(str(out / 'measurement.json'))
+  assert again.values == found.values and len(pipeline.generated) == count
+  with pytest.raises(UserError, match='another run, with reference'):
+    run(*flags, _reference(tmp_path / 'real.npz', seed=1), f'--output_dir={out}')
+
+
+def test_a_sweep_of_class_samples_resumes(pipeline, flags, tmp_path):
+  pipeline.ranker = fakes.FakeRanker(draw)
+
+  def faded(caption, index):
+    scale = pipeline.settings['guidance_scale']
+    return (draw(caption, index) / scale).astype(np.uint8)
+
+  pipeline.draw = faded
+  command = [*flags, _reference(tmp_path / 'real.npz'), f'--output_dir={tmp_path}/out']
+  generate = pipeline.generate
+
+  def stopped(prompts, **settings):
+    if len(pipeline.generated) == 6:
+      raise KeyboardInterrupt
+    return generate(prompts, **settings)
+
+  pipeline.generate = stopped
+  with pytest.raises(KeyboardInterrupt):
+    run(*command, '--sweep', 'guidance_scale=1,2')
+  pipeline.generate = generate
+  run(*command, '--sweep', 'guidance_scale=1,2')
+  assert [len(group) for group in pipeline.generated] == [4, 4, 4, 3] * 2
+  out = tmp_path / 'out'
+  (curve,) = json.loads((out / 'sweep.json').read_text())['curves']
+  distances = [point['row']['frechet_distance'] for point in curve['points']]
+  measured = measurement.read_all(str(out / 'sweep.json'))
+  assert list(measured) == [
+    f'guidance_scale={scale}/{name}' for scale in (1, 2) for name in ('reference', 'ranker')
+  ]
+  for scale, distance in zip((1, 2), distances):
+    found = measured[f'guidance_scale={scale}/reference']
+    point = out / 'points' / f'guidance_scale={scale}'
+    assert found == measurement.read(str(point / 'measurement.json'))
+    assert found.values['frechet_distance'].value == distance
+    assert found.subject['drawn_with']['sampling'] == {'guidance_scale': scale}
+  assert distances[0] != distances[1]
+  assert [point['row']['pictures'] for point in curve['points']] == [15, 15]
+  assert curve['points'][0]['row']['alignment']['mean'] < 1
+  assert Image.open(out / 'sweep.png').size == (560, 400)
+  assert 'no more pictures (15) than the 192 features' in (out / 'sweep.md').read_text()
+  count = len(pipeline.generated)
+  run(*command, '--sweep', 'guidance_scale=1,2,3')
+  assert len(pipeline.generated) == count + 4
+  with pytest.raises(UserError, match='another run, with per_class 5, but this one has 6'):
+    run(*command, '--per_class=6', '--sweep', 'guidance_scale=1,2')
+  _reference(tmp_path / 'real.npz', seed=1)
+  with pytest.raises(UserError, match='another run, with reference'):
+    run(*command, '--sweep', 'guidance_scale=1,2')
+
+
+def test_references_that_do_not_fit(pipeline, flags, tmp_path):
+  out = f'--output_dir={tmp_path}/out'
+  sweep = ['--sweep', 'guidance_scale=1,2']
+  with pytest.raises(UserError, match='the model fake has no ranker; give --inception_weights'):
+    run(*flags, _reference(tmp_path / 'real.npz'), *sweep, out)
+  pipeline.ranker = fakes.FakeRanker(draw)
+  with pytest.raises(UserError, match='pictures of 6×6 pixels, but the samples have 8×8; give'):
+    run(*flags, _reference(tmp_path / 'small.npz', size=6), *sweep, out)
+  with pytest.raises(UserError, match='nowhere.npz'):
+    run(*flags, f'--reference={tmp_path}/nowhere.npz', *sweep, out)
+  with pytest.raises(UserError, match='--inception_weights needs --reference PATH'):
+    run(*flags, f'--inception_weights={__file__}', out)
+  assert not (tmp_path / 'out').exists() and not pipeline.generated
