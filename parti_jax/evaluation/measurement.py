@@ -166,6 +166,10 @@ def of_row(row: distribution.Row, inception: bool) -> dict[str, Value]:
     'recall': row.recall,
   }
   found = {name: Value(share) for name, share in shares.items() if share is not None}
+  if row.frechet_distance is not None and row.frechet_error is not None:
+    found['fid' if inception else 'frechet_distance'] = Value(
+      row.frechet_distance, row.frechet_error, 'standard error over captions (delta method)'
+    )
   if row.inception_score is not None:
     score = row.inception_score
     found['inception_score'] = Value(score.mean, score.error, 'deviation over parts')

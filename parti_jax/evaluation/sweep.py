@@ -198,10 +198,12 @@ def _of_classes(reports: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) 
     values = measured['values']
     value_of = {name: value['value'] for name, value in values.items()}
     score, aligned = values.get('inception_score'), report['recognized']
+    distance = values['fid'] if 'fid' in values else values['frechet_distance']
     row = distribution.Row(
       pictures=measured['protocol']['pictures'],
       real=measured['protocol']['reference'].get('pictures'),
-      frechet_distance=value_of['fid'] if 'fid' in value_of else value_of['frechet_distance'],
+      frechet_distance=distance['value'],
+      frechet_error=distance['error'],
       precision=value_of.get('precision'),
       recall=value_of.get('recall'),
       inception_score=score and distribution.Estimate(score['value'], score['error']),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from parti_jax.evaluation import distribution_report
+from parti_jax.evaluation import measurement
 from parti_jax.evaluation.metrics import clip_score
 from parti_jax.evaluation.metrics import distribution
 from parti_jax.evaluation.metrics import features
@@ -206,3 +207,20 @@ def test_logits_give_an_inception_score():
   assert distribution._distance(sure, other) == pytest.approx(
     frechet.frechet_distance(sure.values, other.values), rel=1e-5
   )
+
+
+def test_the_error_of_the_distance_is_over_captions():
+  sets = random_sets(50)
+  row = distribution.measure('fake', sets).rows['generated']
+  one, other = (frechet.Gaussian.of(found.values) for found in (sets.generated, sets.real))
+  influence = frechet.Influence(one, other).of(sets.generated.values)
+  assert row.frechet_error == pytest.approx(influence.std(ddof=1) / 50**0.5)
+  # Twice the same pictures are no more captions.
+  twice = np.arange(50).repeat(2)
+  doubled = distribution.row(sets, sets.generated[twice], twice)
+  assert doubled.frechet_error == pytest.approx(row.frechet_error, rel=0.02)
+  found = measurement.of_row(row, inception=True)['fid']
+  assert found.error == row.frechet_error and found.error_of.startswith('standard error over')
+  table = distribution.measure('fake', random_sets(4))
+  assert table.rows['generated'].frechet_error is None
+  assert measurement.of_row(table.rows['generated'], inception=True)['fid'].error is None

@@ -136,3 +136,33 @@ def test_the_standard_error_is_the_spread_over_samples():
     distances.append(frechet.distance(one, other))
     errors.append(frechet.Influence(one, other).of(features).std(ddof=1) / 400**0.5)
   assert np.mean(errors) == pytest.approx(np.std(distances), rel=0.15)
+
+
+def test_the_standard_error_of_pictures_of_the_same_prompts():
+  """Its mean is the spread over samples of prompts; as if independent, pictures give half of that."""
+  rng = np.random.default_rng(0)
+  other = frechet.Gaussian.of(1.5 * rng.normal(size=(5000, 3)) + 0.3)
+  prompts, each = 100, 4
+  prompt_of = np.arange(prompts).repeat(each)
+  distances, errors, as_independent = [], [], []
+  for _ in range(200):
+    of_prompt = rng.normal(size=(prompts, 1, 3)) * 0.9**0.5
+    features = (of_prompt + rng.normal(size=(prompts, each, 3)) * 0.1**0.5).reshape(-1, 3)
+    one = frechet.Gaussian.of(features)
+    influence = frechet.Influence(one, other).of(features)
+    distances.append(frechet.distance(one, other))
+    errors.append(frechet.standard_error(influence, prompt_of))
+    as_independent.append(frechet.standard_error(influence, np.arange(len(influence))))
+  spread = np.std(distances)
+  assert np.mean(errors) == pytest.approx(spread, rel=0.15)
+  assert np.mean(as_independent) < 0.6 * spread
+
+
+def test_the_standard_error_over_groups():
+  influence = np.random.default_rng(0).normal(size=12)
+  alone = frechet.standard_error(influence, np.arange(12)[::-1])
+  assert alone == pytest.approx(influence.std(ddof=1) / 12**0.5)
+  # Copies of the pictures add nothing, and numbers of groups may have gaps.
+  copied = frechet.standard_error(influence.repeat(3), 2 * np.arange(12).repeat(3))
+  assert copied == pytest.approx(alone)
+  assert frechet.standard_error(influence, np.zeros(12, int)) is None

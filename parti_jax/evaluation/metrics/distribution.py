@@ -77,6 +77,8 @@ class Row:
     inception_score: from Inception's logits; None for fewer than 500 pictures.
     alignment: mean cosine of text and picture, with the standard error over captions.
     scores: name of a published score -> its mean, with the standard error over captions.
+    frechet_error: standard error of the distance over captions, while the real pictures count as fixed;
+      only of generated pictures, and None where a covariance is singular.
   """
 
   pictures: int
@@ -87,6 +89,7 @@ class Row:
   inception_score: Estimate | None = None
   alignment: Estimate | None = None
   scores: Mapping[str, Estimate] = dataclasses.field(default_factory=dict)
+  frechet_error: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +200,7 @@ def measure(name: str, sets: Sets, seed: int = 0) -> Distribution:
   )
   captions = np.arange(len(sets.picture_of))
   rows = {
-    'generated': _row(generated, real, _fit(sets, generated, sets.caption_of)),
+    'generated': row(sets, generated, sets.caption_of),
     'reconstruction': _row(
       sets.reconstruction,
       real,
@@ -239,7 +242,9 @@ def row(
   Returns:
     The row 'generated' that `measure` would give for these pictures.
   """
-  return _row(generated, sets.real, _fit(sets, generated, caption_of))
+  found = _row(generated, sets.real, _fit(sets, generated, caption_of))
+  error = _distance_error(generated, sets.real, caption_of)
+  return dataclasses.replace(found, frechet_error=error)
 
 
 def row_remarks(row: Row, dim: int) -> list[str]:
@@ -337,6 +342,18 @@ def _distance(pictures: features_lib.Features, real: features_lib.Features) -> f
   if min(len(pictures), len(real)) < 2:
     return None
   return frechet.frechet_distance(pictures.values, real.values)
+
+
+def _distance_error(
+  pictures: features_lib.Features,
+  real: features_lib.Features,
+  caption_of: Int[np.ndarray, 'pictures'],
+) -> float | None:
+  """Returns the standard error of the distance over captions; None if a covariance is singular."""
+  if min(len(pictures), len(real)) <= pictures.values.shape[1]:
+    return None
+  one, other = (frechet.Gaussian.of(found.values) for found in (pictures, real))
+  return frechet.standard_error(frechet.Influence(one, other).of(pictures.values), caption_of)
 
 
 def _inception_score(pictures: features_lib.Features) -> Estimate | None:

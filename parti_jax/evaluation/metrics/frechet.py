@@ -17,6 +17,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float
 from jaxtyping import Float64
+from jaxtyping import Int
 
 # Share of a covariance's largest entry that may be rounding in a file.
 _ROUNDING = 1e-5
@@ -141,6 +142,29 @@ class Influence:
     """Returns the influence of pictures of the set; its mean over the set is 0."""
     apart = features.astype(np.float64) - self._mean
     return apart @ self._slope + np.einsum('pd,pd->p', apart @ self._gradient, apart) - self._offset
+
+
+def standard_error(
+  influence: Float64[np.ndarray, 'pictures'], group_of: Int[np.ndarray, 'pictures']
+) -> float | None:
+  """Returns the standard error of a distance whose pictures were drawn in groups.
+
+  Pictures of one prompt resemble each other, so that only prompts are independent, and the influences of
+  a prompt's pictures are summed first (Liang and Zeger 1986). If each picture is a group, this is the
+  deviation of the influences divided by the root of their number.
+
+  Args:
+    influence: the influence of each picture, from `Influence`.
+    group_of: index of the group of each picture, such as its prompt.
+
+  Returns:
+    The error; None for fewer than two groups.
+  """
+  sums = np.bincount(group_of, influence)[np.bincount(group_of) > 0]
+  if len(sums) < 2:
+    return None
+  apart = sums - sums.mean()
+  return float((np.sum(np.square(apart)) * len(sums) / (len(sums) - 1)) ** 0.5 / len(influence))
 
 
 def _symmetric(matrix: Float64[np.ndarray, 'dim dim']) -> Float64[np.ndarray, 'dim dim']:
