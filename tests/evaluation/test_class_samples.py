@@ -19,6 +19,7 @@ from parti_jax.core.errors import UserError
 from parti_jax.evaluation import measurement
 from parti_jax.evaluation.datasets import picture_shards
 from parti_jax.evaluation.datasets import sample_files
+from parti_jax.evaluation.metrics import features
 
 NAMES = ['tench', 'goldfish', 'great white shark']
 
@@ -334,3 +335,43 @@ def test_references_that_do_not_fit(pipeline, flags, tmp_path):
   with pytest.raises(UserError, match='--inception_weights needs --reference PATH'):
     run(*flags, f'--inception_weights={__file__}', out)
   assert not (tmp_path / 'out').exists() and not pipeline.generated
+
+
+class FakeInception:
+  """Projects pixels to 3 features, 2 spatial ones and 4 logits."""
+
+  name, image_size, resizes, digest = 'Inception', fakes.SIZE, True, 'ab' * 32
+
+  def __init__(self, path, image_size, spatial, resize):
+    assert path == __file__ and image_size is None and spatial and resize == 'tensorflow1'
+    self.weights = np.random.default_rng(7).normal(size=(3 * fakes.SIZE**2, 9)) / 500
+
+  def __call__(self, images):
+    found = (images.reshape(len(images), -1) @ self.weights).astype(np.float32)
+    return features.Features(found[:, :3], found[:, 3:7], found[:, 7:])
+
+
+def test_a_sweep_against_statistics_over_inceptions_features(
+  pipeline, flags, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(features, 'Inception', FakeInception)
+  reference = tmp_path / 'statistics.npz'
+  np.savez(reference, mu=np.zeros(3), sigma=np.eye(3), mu_s=np.zeros(2), sigma_s=np.eye(2))
+  out = tmp_path / 'out'
+  run(
+    *flags,
+    f'--reference={reference}',
+    f'--inception_weights={__file__}',
+    '--sweep',
+    'top_p=0.5,1',
+    f'--output_dir={out}',
+  )
+  (curve,) = json.loads((out / 'sweep.json').read_text())['curves']
+  for value, point in zip(('0.5', '1'), curve['points']):
+    found = measurement.read_all(str(out / 'sweep.json'))[f'top_p={value}/reference']
+    assert set(found.values) == {'fid', 'sfid', 'inception_score'}
+    assert point['row']['frechet_distance'] == found.values['fid'].value
+    assert point['row']['frechet_error'] == found.values['fid'].error > 0
+    assert point['row']['alignment'] is None and point['row']['real'] is None
+  # Without a ranker the first setting is the axis.
+  assert Image.open(out / 'sweep.png').size == (560, 400)
