@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import pathlib
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import parti_jax
@@ -57,7 +58,7 @@ _NUM_IMAGES = {
 # Files of the measurements on captions, besides report.json.
 _MEASUREMENT_FILES = {'inception': 'measurement.json', 'ranker': 'measurement_ranker.json'}
 # Data sets whose pictures are compared with real ones as a set.
-_AS_SETS = ('openmoji', 'coco', 'localized_narratives')
+_AS_SETS = ('openmoji', 'coco', 'localized_narratives', 'imagenet')
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -389,6 +390,8 @@ def _captions(args: argparse.Namespace, shared: _Shared):
 def _rejection(args: argparse.Namespace, shared: _Shared) -> int:
   """Compares the pictures that the ranker accepts at several shares; returns the exit status."""
   rejection.check_ranker(shared.model)
+  if args.dataset == 'imagenet':
+    return _write_rejection(args, *evaluate_classes.rejection_of_classes(args, shared))
   folder = output_folder.make(args.output_dir)
   sampling = sampling_flags.overriding(args)
   if args.dataset == 'openmoji':
@@ -425,13 +428,23 @@ def _rejection(args: argparse.Namespace, shared: _Shared) -> int:
     batch_size=args.batch_size,
     **sampling,
   )
+  measured = evaluate_measurements.of_rejection(args, report, comparisons, shared)
+  return _write_rejection(args, report, measured)
+
+
+def _write_rejection(
+  args: argparse.Namespace,
+  report: rejection.Report,
+  measured: Mapping[str, measurement.Measurement],
+) -> int:
+  """Prints the table and writes the files of `_rejection`; returns the exit status."""
+  folder = pathlib.Path(args.output_dir)
   report = dataclasses.replace(
     report, sampling={**report.sampling, **sampling_flags.given_precision(args)}
   )
   print(report.text())
   picture = report.picture()
   files = {} if picture is None else {'rejection.png': output_folder.png(picture)}
-  measured = evaluate_measurements.of_rejection(args, report, comparisons, shared)
   numbers = measurement.with_measurements(report.json(), measured)
   files |= {'rejection.md': report.markdown().encode(), 'rejection.json': numbers.encode()}
   for name, content in files.items():
@@ -498,16 +511,18 @@ def _check_flags(args: argparse.Namespace):
       '--inception_weights does not apply to --dataset=openmoji_scenes, whose pictures are judged one '
       'by one'
     )
-  if args.sweep is not None and args.dataset == 'imagenet' and args.reference is None:
-    raise UserError(
-      '--sweep compares sets of pictures with real ones, for which --dataset=imagenet needs '
-      '--reference PATH'
-    )
-  for flag, datasets in (('sweep', (*_AS_SETS, 'imagenet')), ('rejection', _AS_SETS)):
-    if getattr(args, flag) is not None and args.dataset not in datasets:
+  for flag in ('sweep', 'rejection'):
+    if getattr(args, flag) is None:
+      continue
+    if args.dataset not in _AS_SETS:
       raise UserError(
         f'--{flag} compares sets of pictures with real ones; it applies to --dataset='
-        f'{", ".join(datasets)}, not to {args.dataset}'
+        f'{", ".join(_AS_SETS)}, not to {args.dataset}'
+      )
+    if args.dataset == 'imagenet' and args.reference is None:
+      raise UserError(
+        f'--{flag} compares sets of pictures with real ones, for which --dataset=imagenet needs '
+        '--reference PATH'
       )
   evaluate_sweep.check(args)
   if args.dataset == 'imagenet':

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import pathlib
 from typing import Any
@@ -15,6 +16,7 @@ from parti_jax.evaluation import class_samples
 from parti_jax.evaluation import feature_blocks
 from parti_jax.evaluation import measurement
 from parti_jax.evaluation import output_folder
+from parti_jax.evaluation import rejection
 from parti_jax.evaluation import samples_evaluation
 from parti_jax.evaluation.datasets import picture_sets
 from parti_jax.sampling import sheets
@@ -147,16 +149,22 @@ class Against:
     form = 'npz' if 'npz' in self._forms else 'png'
     name = {'npz': class_samples.NPZ_FILE, 'png': class_samples.PNG_FOLDER}[form]
     samples = picture_sets.open_path(str(folder / name))
-    place = output_folder.make(str(folder / 'measured' / form))
-    output_folder.claim(place, {'samples': samples.identity(), 'features': self._of_features})
-    store = feature_blocks.Store(place, 'samples')
-    samples_evaluation.compute(samples, self._extractor, store, None, progress='samples')
-    found = samples_evaluation.evaluate(
-      samples, self._reference, self._extractor, self._of_features, (store, self.store)
-    )
+    found = self.measured(samples, folder / 'measured' / form)
     for _ in samples_evaluation.write(folder, found):
       pass
     return found
+
+  def measured(
+    self, samples: picture_sets.PictureSet, folder: pathlib.Path
+  ) -> measurement.Measurement:
+    """Compares samples, and keeps their features in a folder."""
+    place = output_folder.make(str(folder))
+    output_folder.claim(place, {'samples': samples.identity(), 'features': self._of_features})
+    store = feature_blocks.Store(place, 'samples')
+    samples_evaluation.compute(samples, self._extractor, store, None, progress='samples')
+    return samples_evaluation.evaluate(
+      samples, self._reference, self._extractor, self._of_features, (store, self.store)
+    )
 
 
 def claim(args: argparse.Namespace, shared) -> dict[str, Any]:
@@ -168,6 +176,94 @@ def claim(args: argparse.Namespace, shared) -> dict[str, Any]:
     'sample_size': args.sample_size,
     **shared.against.identity,
   }
+
+
+def _texts(args: argparse.Namespace, model) -> tuple[class_names.Classes, list[str]]:
+  """Returns the classes and their texts; raises UserError if the model doesn't draw them."""
+  classes = class_names.read(args.classes)
+  texts = classes.texts(args.label, args.template)
+  known = getattr(model.config, 'classes', None)
+  if known is not None and args.label != 'id':
+    raise UserError(
+      f'--label={args.label}: the model {model.model_name} draws classes by their numbers; give '
+      '--label=id'
+    )
+  if known is not None and len(texts) > known:
+    raise UserError(
+      f'--classes {args.classes} has {len(texts):,} classes, but the model '
+      f'{model.model_name} knows {known:,}'
+    )
+  return classes, texts
+
+
+def rejection_of_classes(
+  args: argparse.Namespace, shared
+) -> tuple[rejection.Report, dict[str, measurement.Measurement]]:
+  """Compares the samples that the ranker accepts at several shares with --reference.
+
+  Args:
+    args: the checked flags.
+    shared: has the model and what to compare with, `evaluate._Shared`.
+
+  Returns:
+    The report, and the measurement of each share.
+
+  Raises:
+    UserError: the model doesn't draw these classes, the classes have no names, or the output folder
+      can't be written or holds another run.
+  """
+  classes, texts = _texts(args, shared.model)
+  names = classes.texts('name', args.template)
+  claimed = claim(args, shared)
+  folder = output_folder.make(args.output_dir)
+  sampling = sampling_flags.overriding(args)
+  output_folder.claim(
+    folder,
+    {
+      'dataset': args.dataset,
+      'rejection': True,
+      'num_images': args.num_images,
+      'seed': args.seed,
+      'label': args.label,
+      'template': args.template,
+      'sampling': sampling | sampling_flags.given_precision(args),
+      'model': output_folder.model_fingerprint(args.model),
+      'ranker': output_folder.ranker_weights(args.ranker or args.model),
+      **claimed,
+    },
+  )
+  _ = shared.against.store
+
+  def measure(share: float, accepted: rejection.AcceptedSet) -> measurement.Measurement:
+    place = folder / 'measured' / accepted.identity()[:16]
+    found = shared.against.measured(accepted, place)
+    drawn = {
+      'model': args.model or 'demo',
+      'weights': output_folder.model_fingerprint(args.model),
+      'seed': args.seed,
+      'num_images': args.num_images,
+      'share': share,
+      'accepted': rejection.accepted_count(share, args.num_images),
+      'ranker': output_folder.ranker_weights(args.ranker or args.model),
+      'sampling': sampling | sampling_flags.given_precision(args),
+    }
+    return dataclasses.replace(found, subject={**found.subject, **drawn})
+
+  return rejection.of_classes(
+    shared.model,
+    texts,
+    names,
+    args.per_class,
+    folder,
+    args.rejection,
+    args.num_images,
+    args.sample_size or shared.model.image_size,
+    measure,
+    args.seed,
+    progress=True,
+    batch_size=args.batch_size,
+    **sampling,
+  )
 
 
 def run(args: argparse.Namespace, shared):
@@ -184,19 +280,7 @@ def run(args: argparse.Namespace, shared):
     UserError: the model doesn't draw these classes, or the output folder can't be written or holds
       another run.
   """
-  classes = class_names.read(args.classes)
-  texts = classes.texts(args.label, args.template)
-  known = getattr(shared.model.config, 'classes', None)
-  if known is not None and args.label != 'id':
-    raise UserError(
-      f'--label={args.label}: the model {shared.model.model_name} draws classes by their numbers; give '
-      '--label=id'
-    )
-  if known is not None and len(texts) > known:
-    raise UserError(
-      f'--classes {args.classes} has {len(texts):,} classes, but the model '
-      f'{shared.model.model_name} knows {known:,}'
-    )
+  classes, texts = _texts(args, shared.model)
   against = None if args.reference is None else shared.against
   folder = output_folder.make(args.output_dir)
   sampling = sampling_flags.overriding(args)

@@ -44,7 +44,7 @@ _MAX_REPORT = 2**28
 def add_arguments(parser: argparse.ArgumentParser):
   """Adds the flags of sweeps and of rejection."""
   group = parser.add_argument_group(
-    'curves, for openmoji, coco and localized_narratives; sweeps also for imagenet'
+    'curves, for openmoji, coco, localized_narratives and, with --reference, imagenet'
   )
   group.add_argument(
     '--sweep',

@@ -180,6 +180,23 @@ def of_row(row: distribution.Row, inception: bool) -> dict[str, Value]:
   return found
 
 
+def row_of(found: Measurement) -> distribution.Row:
+  """Returns the row of samples that were compared with a reference, without alignment."""
+  values = found.values
+  distance = values['fid'] if 'fid' in values else values['frechet_distance']
+  score = values.get('inception_score')
+  precision, recall = values.get('precision'), values.get('recall')
+  return distribution.Row(
+    pictures=found.protocol['pictures'],
+    real=found.protocol['reference'].get('pictures'),
+    frechet_distance=distance.value,
+    frechet_error=distance.error,
+    precision=None if precision is None else precision.value,
+    recall=None if recall is None else recall.value,
+    inception_score=None if score is None else distribution.Estimate(score.value, score.error),
+  )
+
+
 def with_measurements(report: str, found: Mapping[str, Measurement]) -> str:
   """Adds measurements to the JSON of a report.
 

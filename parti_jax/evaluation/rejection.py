@@ -9,22 +9,28 @@ of the accepted ones of each caption, at random, as the smallest share accepts.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import pathlib
+from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool
 from jaxtyping import Float32
+from jaxtyping import Float64
 from jaxtyping import Int
 from PIL import Image
 
 from parti_jax.core.errors import UserError
 from parti_jax.evaluation import captions_evaluation
 from parti_jax.evaluation import line_chart
+from parti_jax.evaluation import measurement
 from parti_jax.evaluation import tables
 from parti_jax.evaluation.datasets import captioned_pictures
+from parti_jax.evaluation.datasets import picture_sets
 from parti_jax.evaluation.datasets import picture_shards
 from parti_jax.evaluation.metrics import distribution
 from parti_jax.evaluation.metrics import features as features_lib
@@ -70,14 +76,16 @@ class Table:
   Attributes:
     pictures: name of the set.
     features: description of the features.
-    dim: number of features.
+    dim: number of features; None for samples of classes.
     shares: the shares, ascending.
+    reported: remarks of the shares' measurements, for samples of classes.
   """
 
   pictures: str
   features: str
-  dim: int
+  dim: int | None
   shares: Sequence[Share]
+  reported: Sequence[str] = ()
 
   @property
   def title(self) -> str:
@@ -85,6 +93,8 @@ class Table:
 
   def remarks(self) -> list[str]:
     """Returns why distances are unreliable, if they are."""
+    if self.dim is None:
+      return list(self.reported)
     return distribution.row_remarks(self.shares[0].row, self.dim)
 
   def cells(self) -> list[list[str]]:
@@ -315,6 +325,148 @@ def evaluate(
       )
   ranker = features_lib.RankerFeatures(model.ranker, model.model_name).name
   return Report(ranker, num_images, compared, seed, sampling, cut, found)
+
+
+class AcceptedSet(picture_sets.PictureSet):
+  """The accepted samples that are compared at a share.
+
+  Args:
+    place: what they are, for reports.
+    shards: all generated pictures.
+    chosen: which of them to compare.
+    size: height and width to resize to, in pixels.
+  """
+
+  def __init__(
+    self,
+    place: str,
+    shards: picture_shards.PictureShards,
+    chosen: Bool[np.ndarray, 'captions num_images'],
+    size: int,
+  ):
+    self.place, self._shards, self._size = place, shards, size
+    self._chosen = chosen.reshape(-1)
+
+  @property
+  def count(self) -> int:
+    return int(self._chosen.sum())
+
+  def size(self) -> tuple[int, int]:
+    return self._size, self._size
+
+  def identity(self) -> str:
+    return hashlib.sha256(np.packbits(self._chosen).tobytes()).hexdigest()
+
+  def blocks(
+    self, size: int | None, wanted: Callable[[int], bool]
+  ) -> Iterator[picture_sets.Block | None]:
+    start, index = 0, 0
+    waiting = np.zeros((0, self._size, self._size, 3), np.uint8)
+    for batch in self._shards.batches():
+      kept = batch[self._chosen[start : start + len(batch)]]
+      start += len(batch)
+      if len(kept):
+        waiting = np.concatenate([waiting, features_lib.resized(kept, self._size)])
+      last = start == len(self._chosen)
+      while len(waiting) >= picture_sets.BLOCK or (last and len(waiting)):
+        images, waiting = waiting[: picture_sets.BLOCK], waiting[picture_sets.BLOCK :]
+        yield picture_sets.block_of(images) if wanted(index) else None
+        index += 1
+
+
+def of_classes(
+  model,
+  texts: Sequence[str],
+  names: Sequence[str],
+  per_class: int,
+  folder: pathlib.Path,
+  shares: Sequence[float],
+  num_images: int,
+  size: int,
+  measure: Callable[[float, AcceptedSet], measurement.Measurement],
+  seed: int = 0,
+  progress: bool = False,
+  batch_size: int | None = None,
+  **sampling,
+) -> tuple[Report, dict[str, measurement.Measurement]]:
+  """Generates pictures of classes, and compares the accepted ones with a reference.
+
+  Args:
+    model: the result of `parti_jax.load`, with a ranker.
+    texts: the text of each class for the model.
+    names: the text of each class for the ranker.
+    per_class: times that each class is asked for; `num_images` are drawn each time.
+    folder: stores the generated pictures; another run may continue there.
+    shares: as in `evaluate`.
+    num_images: pictures among which the ranker accepts.
+    size: height and width at which they are compared, in pixels.
+    measure: compares the accepted pictures of a share.
+    seed: as in `evaluate`.
+    progress: as in `evaluate`.
+    batch_size: as in `evaluate`.
+    **sampling: as in `evaluate`.
+
+  Returns:
+    The report, and the measurement of each share by name.
+
+  Raises:
+    UserError: there is no ranker, or a shard is damaged.
+  """
+  check_ranker(model)
+  counts = [accepted_count(share, num_images) for share in shares]
+  compared = min(counts)
+  asked = [text for _ in range(per_class) for text in texts]
+  known = [name for _ in range(per_class) for name in names for _ in range(num_images)]
+  shards = picture_shards.PictureShards(
+    folder / 'generated', [text for text in asked for _ in range(num_images)]
+  )
+  shards.draw(model, 1, progress, seed=seed, batch_size=batch_size, **sampling)
+  scores = _scores(model, known, shards).reshape(-1, num_images)
+  extractor = features_lib.RankerFeatures(model.ranker, model.model_name)
+  cosines = _cosines(extractor, names, num_images, shards)
+  found: dict[str, measurement.Measurement] = {}
+  rows: list[distribution.Row] = []
+  remarks: list[str] = []
+  pictures, network = '', ''
+  for share, count in zip(shares, counts):
+    chosen = choose(scores, count, compared, seed)
+    accepted = AcceptedSet(f'{folder}, share {share:g}', shards, chosen, size)
+    one = found[f'share={share:g}/reference'] = measure(share, accepted)
+    # Over askings, since the pictures of one are chosen together.
+    of_asking = cosines.reshape(chosen.shape)[chosen].reshape(len(asked), compared).mean(axis=1)
+    error = float(of_asking.std(ddof=1) / len(asked) ** 0.5) if len(asked) > 1 else None
+    alignment = distribution.Estimate(float(of_asking.mean()), error)
+    rows.append(dataclasses.replace(measurement.row_of(one), alignment=alignment))
+    remarks += one.remarks
+    pictures, network = one.subject['reference'], one.subject['network']
+  table = Table(
+    f'samples of classes against {pictures}',
+    network,
+    None,
+    [Share(*values) for values in zip(shares, counts, rows)],
+    list(dict.fromkeys(remarks)),
+  )
+  cut = shards.captions_cut() // num_images
+  return Report(extractor.name, num_images, compared, seed, sampling, cut, [table]), found
+
+
+def _cosines(
+  extractor: features_lib.Extractor,
+  names: Sequence[str],
+  num_images: int,
+  shards: picture_shards.PictureShards,
+) -> Float64[np.ndarray, 'pictures']:
+  """Returns the cosine of each picture and the text of its class."""
+  of_texts = extractor.texts(names)
+  assert of_texts is not None
+  of_texts /= np.linalg.norm(of_texts, axis=1, keepdims=True)
+  start, found = 0, []
+  for batch in shards.batches():
+    values = features_lib.extract(extractor, [batch]).values
+    own = of_texts[(start + np.arange(len(batch))) // num_images % len(names)]
+    found.append(np.einsum('pd,pd->p', values, own) / np.linalg.norm(values, axis=1))
+    start += len(batch)
+  return np.concatenate(found).astype(np.float64)
 
 
 def accepted_count(share: float, num_images: int) -> int:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from parti_jax.core import checks
 from parti_jax.evaluation import line_chart
+from parti_jax.evaluation import measurement
 from parti_jax.evaluation import tables
 from parti_jax.evaluation.metrics import distribution
 
@@ -191,33 +192,21 @@ def curves(reports: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> li
 
 def _of_classes(reports: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> Curve:
   """Returns the curve of samples of classes, which were compared with one reference."""
-  points, remarks = [], []
-  measured: Mapping[str, Any] = {}
+  points: list[Point] = []
+  remarks: list[str] = []
+  pictures, network = '', ''
   for settings, report in reports:
-    measured = report['measurements']['reference']
-    values = measured['values']
-    value_of = {name: value['value'] for name, value in values.items()}
-    score, aligned = values.get('inception_score'), report['recognized']
-    distance = values['fid'] if 'fid' in values else values['frechet_distance']
-    row = distribution.Row(
-      pictures=measured['protocol']['pictures'],
-      real=measured['protocol']['reference'].get('pictures'),
-      frechet_distance=distance['value'],
-      frechet_error=distance['error'],
-      precision=value_of.get('precision'),
-      recall=value_of.get('recall'),
-      inception_score=score and distribution.Estimate(score['value'], score['error']),
+    measured = measurement.of_report('report', report)['reference']
+    aligned = report['recognized']
+    row = dataclasses.replace(
+      measurement.row_of(measured),
       alignment=aligned and distribution.Estimate(**aligned['alignment']),
     )
     points.append(Point(settings, row))
-    remarks += measured['remarks']
-  return Curve(
-    f'samples of classes against {measured["subject"]["reference"]}',
-    measured['subject']['network'],
-    None,
-    points,
-    list(dict.fromkeys(remarks)),
-  )
+    remarks += measured.remarks
+    pictures, network = measured.subject['reference'], measured.subject['network']
+  title = f'samples of classes against {pictures}'
+  return Curve(title, network, None, points, list(dict.fromkeys(remarks)))
 
 
 def _sets(report: Mapping[str, Any]) -> list[tuple[str, Sequence[Mapping[str, Any]]]]:

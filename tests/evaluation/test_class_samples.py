@@ -17,9 +17,11 @@ from parti_jax.cli import evaluate
 from parti_jax.cli import evaluate_samples
 from parti_jax.core.errors import UserError
 from parti_jax.evaluation import measurement
+from parti_jax.evaluation.datasets import picture_sets
 from parti_jax.evaluation.datasets import picture_shards
 from parti_jax.evaluation.datasets import sample_files
 from parti_jax.evaluation.metrics import features
+from parti_jax.evaluation.metrics import frechet
 
 NAMES = ['tench', 'goldfish', 'great white shark']
 
@@ -187,7 +189,7 @@ def test_the_best_of_several_by_the_ranker(pipeline, flags, tmp_path):
     (['--dataset=imagenet', '--per_class=0'], '--per_class must be a positive number'),
     (['--dataset=imagenet', '--sample_size=0'], '--sample_size'),
     (['--dataset=imagenet', '--sweep', 'top_p=1'], 'needs --reference PATH'),
-    (['--dataset=imagenet', '--reference=x', '--rejection', '1'], 'not to imagenet'),
+    (['--dataset=imagenet', '--rejection', '1'], 'needs --reference PATH'),
     (['--reference=x'], '--reference only applies to --dataset=imagenet'),
   ],
 )
@@ -375,3 +377,52 @@ def test_a_sweep_against_statistics_over_inceptions_features(
     assert point['row']['alignment'] is None and point['row']['real'] is None
   # Without a ranker the first setting is the axis.
   assert Image.open(out / 'sweep.png').size == (560, 400)
+
+
+def test_rejection_of_class_samples(pipeline, flags, tmp_path, monkeypatch):
+  """A ranker that reads the names accepts the best; the model reads numbers."""
+  monkeypatch.setattr(picture_sets, 'BLOCK', 4)
+
+  def noisy(caption, index):
+    weight = index % 4 / 4
+    mixed = (1 - weight) * draw(NAMES[int(caption)], 0) + weight * draw('noise', index)
+    return mixed.astype(np.uint8)
+
+  pipeline.draw, pipeline.ranker = noisy, fakes.FakeRanker(draw)
+  out = tmp_path / 'out'
+  command = [*flags, '--label=id', '--num_images=4', _reference(tmp_path / 'real.npz')]
+  command += [f'--output_dir={out}', '--rejection', '1', '0.25']
+  run(*command)
+  (table,) = json.loads((out / 'rejection.json').read_text())['tables']
+  assert [(share['share'], share['accepted']) for share in table['shares']] == [(0.25, 1), (1, 4)]
+  rows = [share['row'] for share in table['shares']]
+  # One of each four at both shares, which fits better where it was chosen.
+  assert [row['pictures'] for row in rows] == [15, 15]
+  best = np.stack([noisy(str(asked % 3), 4 * asked) for asked in range(15)])
+  ranker = pipeline.ranker
+  with np.load(tmp_path / 'real.npz') as file:
+    real = ranker.image_features(file['arr_0'])
+  expected = frechet.frechet_distance(ranker.image_features(best), real)
+  assert rows[0]['frechet_distance'] == pytest.approx(expected, abs=1e-5)
+  cosines = (ranker.image_features(best) * ranker.text_features(NAMES * 5)).sum(axis=1)
+  assert rows[0]['alignment']['mean'] == pytest.approx(cosines.mean(), abs=1e-6)
+  assert rows[0]['alignment']['error'] == pytest.approx(cosines.std(ddof=1) / 15**0.5, abs=1e-6)
+  assert rows[1]['alignment']['mean'] < rows[0]['alignment']['mean']
+  measured = measurement.read_all(str(out / 'rejection.json'))
+  assert list(measured) == ['share=0.25/reference', 'share=1/reference']
+  assert measured['share=0.25/reference'].subject['accepted'] == 1
+  assert Image.open(out / 'rejection.png').size == (560, 400)
+  content, count = (out / 'rejection.json').read_bytes(), len(pipeline.generated)
+  run(*command)
+  assert (out / 'rejection.json').read_bytes() == content and len(pipeline.generated) == count
+  run(*command, '0.5')
+  assert len(pipeline.generated) == count
+  with pytest.raises(UserError, match='another run, with seed 0'):
+    run(*command, '--seed=1')
+  # Not the folder of the samples alone, nor the other way around.
+  alone = [*flags, '--label=id', '--num_images=4']
+  with pytest.raises(UserError, match='another run, with ranker'):
+    run(*alone, f'--output_dir={out}')
+  run(*alone, f'--output_dir={tmp_path}/alone')
+  with pytest.raises(UserError, match='another run, with rejection None'):
+    run(*command, f'--output_dir={tmp_path}/alone')

@@ -372,6 +372,11 @@ def _size(content: bytes) -> tuple[int, int]:
   return image.height, image.width
 
 
+def block_of(images: UInt8[np.ndarray, 'pictures height width 3']) -> Block:
+  """Returns a block of pictures that are in memory, unchanged since they were generated."""
+  return _block(images, {}, ('uint8 array',), 0)
+
+
 def _block(
   images: UInt8[np.ndarray, 'pictures height width 3'],
   skipped: dict[str, int],
