@@ -16,9 +16,9 @@ from parti_jax.data import token_cache
 from parti_jax.data import vocabulary
 from parti_jax.exported_model import model_folder
 from parti_jax.models import clip
+from parti_jax.models import generators
 from parti_jax.models import t5_encoder
 from parti_jax.sampling import text_to_image
-from parti_jax.training.objectives import generator_objective
 
 CAPTIONS = ['a red circle', 'a blue circle', 'a red square', 'a blue square']
 WIDTH, HEADS = 12, 3
@@ -127,8 +127,7 @@ def _train(encoder, tokens, tokenizer, run, *others):
 def _newest(run):
   path = run_checkpoints.latest_checkpoint(str(run))
   config = run_checkpoints.read_config(path, 'generator')
-  module = generator_objective.parti.Parti(config)
-  inputs = generator_objective.parti.example_inputs(config)
+  module, inputs = generators.module(config), generators.example_inputs(config)
   return config, run_checkpoints.read_params(path, module, inputs)
 
 

@@ -82,7 +82,7 @@ def test_no_command_is_an_error(capsys):
   [
     ('generat', 'did you mean generate?'),
     ('trian', 'did you mean train?'),
-    ('xyz', 'the commands are generate, train, '),
+    ('xyz', 'the commands are generate, serve, ui, '),
   ],
 )
 def test_unknown_command(name, hint, capsys):

@@ -131,7 +131,12 @@ def _params(folder):
 
 
 @pytest.mark.parametrize(
-  'kind, finetune', [('parti', 'all'), ('dalle_mini', 'decoder'), ('dalle_mini', 'lora')]
+  'kind, finetune',
+  [
+    pytest.param('parti', 'all', marks=pytest.mark.slow),
+    pytest.param('dalle_mini', 'decoder', marks=pytest.mark.slow),
+    ('dalle_mini', 'lora'),
+  ],
 )
 def test_eight_pictures_are_drawn_back(
   tmp_path, capsys, pictures, models, few_steps, kind, finetune

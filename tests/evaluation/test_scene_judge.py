@@ -75,6 +75,7 @@ def test_blurred_and_noisy_pictures_are_right(judge):
   assert np.mean(right) >= 0.97
 
 
+@pytest.mark.slow
 def test_other_sizes_of_pictures():
   judge = scene_judge.Judge(256)
   for index in range(10):

@@ -65,6 +65,7 @@ def _jpeg(images, quality):
   return np.stack(found)
 
 
+@pytest.mark.slow
 def test_each_wrong_choice_changes_the_distance(pictures, gaussian):
   rounded = lambda values: np.clip(np.round(values), 0, 255).astype(np.uint8)
   exact = features.clean_resized(pictures, SIZE)

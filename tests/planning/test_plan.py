@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
@@ -13,6 +14,7 @@ from parti_jax.cli import plan as plan_command
 from parti_jax.core import gin_config
 from parti_jax.core.errors import UserError
 from parti_jax.exported_model import model_folder
+from parti_jax.models import parti
 from parti_jax.models import parti_config
 from parti_jax.models.nn import layers
 from parti_jax.partitioning import compiler_options
@@ -29,6 +31,7 @@ from parti_jax.planning import search
 from parti_jax.planning import steps
 from parti_jax.planning import topology as topology_lib
 from parti_jax.sampling import decoding
+from parti_jax.sampling import parameters
 
 RUN = 'gin_configs/runs/parti_350m.gin'
 SMALL = tuple(
@@ -531,10 +534,26 @@ def test_candidates_split_the_heads_of_keys():
 
 
 def test_a_planned_cache_has_the_heads_of_keys():
-  config = parti_config.PartiConfig(heads=8, width=64, kv_heads=2)
+  config = parti_config.PartiConfig(
+    encoder_layers=1,
+    decoder_layers=1,
+    heads=8,
+    width=64,
+    mlp_width=64,
+    kv_heads=2,
+    text_vocabulary=16,
+    text_length=4,
+    codebook_size=16,
+    grid=(2, 5),
+  )
+  init = lambda key: parti.Parti(config).init(key, *parti.example_inputs(config))['params']
+  params = jax.eval_shape(
+    lambda key: parameters.for_sampling(config, nn.meta.unbox(init(key))), jax.random.key(0)
+  )
   place = lambda shape, dtype, axes: jax.ShapeDtypeStruct(shape, dtype)
-  assert steps._keys(config, 6, 10, 'float', place).shape == (6, 2, 10, 8)
-  assert steps._keys(config, 6, 10, 'int8', place).scale.shape == (6, 2, 10)
+  of_cache = lambda cache: steps._abstract_state(config, params, 6, cache, place).caches[0][0]
+  assert of_cache('float').shape == (6, 2, 10, 8)
+  assert of_cache('int8').scale.shape == (6, 2, 10)
 
 
 def test_a_mesh_that_is_far_too_small_is_not_a_candidate():

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from parti_jax.models import flops
+from parti_jax.models import generators
 from parti_jax.models import parti
 from parti_jax.sampling import text_to_image
 
@@ -25,6 +26,7 @@ def check_timing(value):
   assert value['seconds'] in value['all_seconds'] and len(value['all_seconds']) == 3
 
 
+@pytest.mark.slow
 def test_losses(settings):
   found = gpu.run_section(settings, 'losses')
   assert found['finished']
@@ -59,7 +61,7 @@ def test_training(settings):
 
 def test_mfu_and_ratios(settings, monkeypatch):
   """MFU counts the FLOPs of the package's own formula, for PyTorch too."""
-  monkeypatch.setattr(flops, 'token_decoder_forward', lambda config: 900)
+  monkeypatch.setattr(generators, 'decoder_flops', lambda config: 900)
   step = {'batch_size': 4, 'seconds': 2.0}
   found = gpu_measurements.with_mfu(
     settings,
@@ -88,6 +90,7 @@ def test_sampling(settings):
     assert value['tokens_per_second'] == pytest.approx(batch * 16 / value['seconds'])
 
 
+@pytest.mark.slow
 def test_options_and_demo(settings):
   options, demo = (gpu.run_section(settings, name) for name in ('options', 'demo'))
   for value in options['measurements'].values():

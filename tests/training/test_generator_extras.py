@@ -212,8 +212,8 @@ def test_a_checkpoint_goes_on_bit_for_bit_and_exports_the_average(tmp_path, caps
   jax.tree.map(np.testing.assert_array_equal, resumed[-1], states[-1])
   jax.tree.map(np.testing.assert_array_equal, again[-1], metrics[-1])
 
-  part, steps = export._trained('generator', tmp_path)
-  assert steps == 2 and part.config == SIZES
+  part, origin = export._trained('generator', tmp_path, None)
+  assert origin == {'generator_steps': 2} and part.config == SIZES
   jax.tree.map(np.testing.assert_array_equal, part.params, states[2].statistics['average'])
   out = capsys.readouterr().out
   assert f'--generator={tmp_path}: taking the moving average of image_decoder, text_encoder' in out

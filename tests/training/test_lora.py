@@ -455,7 +455,14 @@ def test_frozen_parts_get_no_adapters(base):
   assert list(adapters) == ['image_decoder']
 
 
-@pytest.mark.parametrize('sizes', [(8, 1, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2)])
+@pytest.mark.parametrize(
+  'sizes',
+  [
+    pytest.param((8, 1, 1, 1), marks=pytest.mark.slow),
+    pytest.param((2, 2, 2, 1), marks=pytest.mark.slow),
+    (1, 2, 2, 2),
+  ],
+)
 def test_a_mesh_of_eight_devices_gives_the_same(base, sizes):
   # Gradient descent with steps so large that the result shows the gradients at their own scale.
   objective = _objective(base)

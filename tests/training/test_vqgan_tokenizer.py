@@ -288,6 +288,7 @@ def test_plans_take_the_kind_of_a_tokenizer_that_is_not_trained_yet():
   assert type(found) is vit_vqgan.ViTVQGANConfig and found.image_size == 16
 
 
+@pytest.mark.slow
 def test_a_run_of_both_phases_through_the_commands(tokenizer_bindings, tmp_path, monkeypatch):
   """Trains, resumes, trains another decoder, exports and tokenizes."""
   one_device = functools.partial(mesh_lib.make_mesh, devices=jax.devices()[:1])

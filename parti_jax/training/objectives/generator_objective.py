@@ -17,6 +17,7 @@ from jaxtyping import Int
 from jaxtyping import PRNGKeyArray
 from jaxtyping import UInt8
 
+from parti_jax.core import checks
 from parti_jax.core import errors
 from parti_jax.core import fingerprints
 from parti_jax.data import text_features as text_features_lib
@@ -96,6 +97,7 @@ class GeneratorObjective(base.Objective):
   name = 'generator'
 
   def __post_init__(self) -> None:
+    self._check_model()
     config_checks.check_fields(
       self, guidance_scale=(0, sampling_settings.MOST_GUIDANCE), z_loss_weight=(0, None)
     )
@@ -118,6 +120,19 @@ class GeneratorObjective(base.Objective):
         f'numbers, one for each of {type(self.model).__name__}.decoder_layers, not negative and the '
         'last above 0'
       )
+
+  def _check_model(self) -> None:
+    """Raises UserError unless the model is the config of a generator."""
+    model: Any = self.model
+    if isinstance(model, type) and model in generators.CONFIGS.values():
+      raise errors.UserError(
+        f'GeneratorObjective.model={checks.shown(model)} must be a config; in gin, write '
+        f'@{model.__name__}()'
+      )
+    try:
+      generators.of(model)
+    except errors.UserError as error:
+      raise errors.UserError(f'GeneratorObjective.model: {error}') from error
 
   def _check_fit_for_text_features(self) -> None:
     """Raises UserError unless text features can stand for the text encoder."""
