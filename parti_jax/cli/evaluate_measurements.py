@@ -25,7 +25,7 @@ from parti_jax.evaluation import rejection
 from parti_jax.evaluation.datasets import picture_sets
 from parti_jax.evaluation.metrics import distribution
 from parti_jax.evaluation.metrics import features
-from parti_jax.evaluation.openmoji import report as openmoji_report
+from parti_jax.evaluation.openmoji import report as report_lib
 from parti_jax.evaluation.openmoji import scene_report
 
 _OVER_PROMPTS = 'standard error over prompts'
@@ -35,7 +35,7 @@ _JUDGED_ROWS = {'generated': 'judge', 'ranked_first': 'judge_of_ranked_first'}
 
 
 def of_openmoji(
-  args: argparse.Namespace, report: openmoji_report.Report, shared
+  args: argparse.Namespace, report: report_lib.Report, shared
 ) -> dict[str, measurement.Measurement]:
   """Returns the measurements of an evaluation on OpenMoji.
 
@@ -280,7 +280,7 @@ def _of_ranker(args: argparse.Namespace, row: str) -> dict[str, Any]:
   return {'chosen_by': output_folder.ranker_weights(args.ranker or args.model)}
 
 
-def _shares(metrics: Mapping[str, openmoji_report.Metric]) -> dict[str, measurement.Value]:
+def _shares(metrics: Mapping[str, report_lib.Metric]) -> dict[str, measurement.Value]:
   """Returns the shares that are defined."""
   return {
     name: measurement.Value(
