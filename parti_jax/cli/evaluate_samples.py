@@ -19,7 +19,6 @@ from parti_jax.evaluation import samples_evaluation
 from parti_jax.evaluation.datasets import picture_sets
 from parti_jax.evaluation.metrics import features
 from parti_jax.runs import distributed
-from parti_jax.runs import supervisor
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,24 +88,7 @@ def run(args: argparse.Namespace) -> int:
       run.
   """
   _check_flags(args)
-  worker = distributed.worker(args)
-  found = None if worker else distributed.processes(args)
-  if found is None:
-    return _run(args, lambda: worker or (0, 1), together=False)
-  watched = supervisor.WatchedProcess()
-  status = watched.fork(functools.partial(distributed.explanation, found, watched))
-  if status is not None:
-    return status
-
-  def connect() -> tuple[int, int]:
-    import jax
-
-    distributed.connect(found)
-    watched.connect()
-    return jax.process_index(), jax.process_count()
-
-  with watched.failures():
-    return _run(args, connect, together=True)
+  return distributed.share(args, functools.partial(_run, args))
 
 
 def _run(args: argparse.Namespace, connect: Callable[[], tuple[int, int]], together: bool) -> int:

@@ -11,7 +11,6 @@ from parti_jax.core import gin_config
 from parti_jax.core.errors import UserError
 from parti_jax.runs import distributed
 from parti_jax.runs import preemption
-from parti_jax.runs import supervisor
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -100,31 +99,10 @@ def run(args: argparse.Namespace) -> int:
     for flag in ('text_length', 'text_features_dtype'):
       if getattr(args, flag) is not None:
         raise UserError(f'--{flag} is of --text_encoder; give both or neither')
-  worker = distributed.worker(args)
-  found = None if worker else distributed.processes(args)
-  if found is None:
-    _write(args, lambda: worker or (0, 1), together=False)
-    return 0
-  watched = supervisor.WatchedProcess()
-  status = watched.fork(functools.partial(distributed.explanation, found, watched))
-  if status is not None:
-    return status
-
-  def connect() -> tuple[int, int]:
-    import jax
-
-    distributed.connect(found)
-    watched.connect()
-    return jax.process_index(), jax.process_count()
-
-  with watched.failures():
-    _write(args, connect, together=True)
-  return 0
+  return distributed.share(args, functools.partial(_write, args))
 
 
-def _write(
-  args: argparse.Namespace, connect: Callable[[], tuple[int, int]], together: bool
-) -> None:
+def _write(args: argparse.Namespace, connect: Callable[[], tuple[int, int]], together: bool) -> int:
   # Enter this before importing libraries that start threads, so that they inherit the blocked
   # SIGTERM.
   with preemption.listening(at_once='finished parts are kept'):
@@ -133,3 +111,4 @@ def _write(
     make = tokenize_jobs.of_old_cache if args.convert else tokenize_jobs.of_source
     jobs, worker, workers = make(args, connect)
     tokenize_jobs.run(jobs, worker, workers, together, args.overwrite)
+  return 0

@@ -6,6 +6,7 @@ import functools
 import operator
 from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from parti_jax.evaluation import tables
@@ -26,13 +27,16 @@ _SCORES_NOTE = (
   "OpenAI's ViT-B/32, and those of other networks differ. HPSv2: 100 · cosine."
 )
 
-_COLUMNS = {
-  'frechet_distance': ('Fréchet distance', '{:.4g}'.format),
-  'precision': ('precision', lambda share: f'{100 * share:.1f}'),
-  'recall': ('recall', lambda share: f'{100 * share:.1f}'),
-  'inception_score': ('inception score', lambda score: score.text(2)),
-  'alignment': ('alignment', lambda cosine: cosine.text(3)),
-}
+# Name of a column, its value in a row, and how to show one.
+_Column = tuple[str, Callable[[distribution.Row], Any], Callable[[Any], str]]
+FRECHET_DISTANCE = 'Fréchet distance'
+_COLUMNS: list[_Column] = [
+  (FRECHET_DISTANCE, operator.attrgetter('frechet_distance'), '{:.4g}'.format),
+  ('precision', operator.attrgetter('precision'), lambda share: f'{100 * share:.1f}'),
+  ('recall', operator.attrgetter('recall'), lambda share: f'{100 * share:.1f}'),
+  ('inception score', operator.attrgetter('inception_score'), lambda score: score.text(2)),
+  ('alignment', operator.attrgetter('alignment'), lambda cosine: cosine.text(3)),
+]
 
 
 def notes(distributions: Iterable[distribution.Distribution]) -> list[str]:
@@ -47,29 +51,36 @@ def title(table: distribution.Distribution) -> str:
   return f'Over {table.dim} features: {table.features}'
 
 
+def value_cells(
+  rows: Sequence[distribution.Row], scores: bool = False
+) -> tuple[list[str], list[list[str]]]:
+  """Returns the names of the columns in which any row has a value, and each row's cells.
+
+  Args:
+    rows: the rows.
+    scores: whether to add a column for each published score.
+  """
+  columns = list(_COLUMNS)
+  if scores:
+    for score in dict.fromkeys(name for row in rows for name in row.scores):
+      columns.append((score, functools.partial(_score_of, score), _score_text))
+  shown = [column for column in columns if any(column[1](row) is not None for row in rows)]
+  lines = [
+    ['-' if (value := value_of(row)) is None else render(value) for _, value_of, render in shown]
+    for row in rows
+  ]
+  return [name for name, _, _ in shown], lines
+
+
 def cells(table: distribution.Distribution) -> list[list[str]]:
   """Returns a header and a line for each row, without columns that have no values."""
-  columns: list[tuple[str, Callable[[distribution.Row], Any], Callable[[Any], str]]] = [
-    (name, operator.attrgetter(key), render) for key, (name, render) in _COLUMNS.items()
-  ]
-  for score in dict.fromkeys(name for row in table.rows.values() for name in row.scores):
-    columns.append((score, functools.partial(_score_of, score), _score_text))
-  shown = [
-    column for column in columns if any(column[1](row) is not None for row in table.rows.values())
-  ]
-  lines = [['', 'pictures', 'against', *(name for name, _, _ in shown)]]
-  for key, label in distribution.ROWS.items():
-    if key in table.rows:
-      row = table.rows[key]
-      values = [(value_of(row), render) for _, value_of, render in shown]
-      lines.append(
-        [
-          label,
-          f'{row.pictures:,}',
-          '-' if row.real is None else f'{row.real:,}',
-          *('-' if value is None else render(value) for value, render in values),
-        ]
-      )
+  keys = [key for key in distribution.ROWS if key in table.rows]
+  rows = [table.rows[key] for key in keys]
+  names, values = value_cells(rows, scores=True)
+  lines = [['', 'pictures', 'against', *names]]
+  for key, row, shown in zip(keys, rows, values):
+    real = '-' if row.real is None else f'{row.real:,}'
+    lines.append([distribution.ROWS[key], f'{row.pictures:,}', real, *shown])
   return lines
 
 

@@ -26,6 +26,7 @@ from PIL import Image
 
 from parti_jax.core.errors import UserError
 from parti_jax.evaluation import captions_evaluation
+from parti_jax.evaluation import distribution_report
 from parti_jax.evaluation import line_chart
 from parti_jax.evaluation import measurement
 from parti_jax.evaluation import tables
@@ -99,25 +100,11 @@ class Table:
 
   def cells(self) -> list[list[str]]:
     """Returns a header, and a line for each share."""
-    columns = [
-      ('Fréchet distance', lambda row: row.frechet_distance, '{:.4g}'.format),
-      ('precision', lambda row: row.precision, lambda share: f'{100 * share:.1f}'),
-      ('recall', lambda row: row.recall, lambda share: f'{100 * share:.1f}'),
-      ('inception score', lambda row: row.inception_score, lambda score: score.text(2)),
-      ('alignment', lambda row: row.alignment, lambda score: score.text(3)),
-    ]
-    shown = [c for c in columns if any(c[1](share.row) is not None for share in self.shares)]
-    lines = [['share', 'accepted', 'compared', *(name for name, _, _ in shown)]]
-    for share in self.shares:
-      values = [(value_of(share.row), render) for _, value_of, render in shown]
-      lines.append(
-        [
-          f'{share.share:g}',
-          str(share.accepted),
-          f'{share.row.pictures:,}',
-          *('-' if value is None else render(value) for value, render in values),
-        ]
-      )
+    columns, values = distribution_report.value_cells([share.row for share in self.shares])
+    lines = [['share', 'accepted', 'compared', *columns]]
+    for share, cells in zip(self.shares, values):
+      counts = [f'{share.share:g}', str(share.accepted), f'{share.row.pictures:,}']
+      lines.append([*counts, *cells])
     return lines
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from PIL import Image
 
 from parti_jax.core import checks
+from parti_jax.evaluation import distribution_report
 from parti_jax.evaluation import line_chart
 from parti_jax.evaluation import measurement
 from parti_jax.evaluation import tables
@@ -76,24 +77,14 @@ class Curve:
   def cells(self) -> list[list[str]]:
     """Returns a header, and a line for each point; the lowest distance has a star."""
     names = list(self.points[0].settings)
-    columns = [
-      ('Fréchet distance', lambda row: row.frechet_distance, '{:.4g}'.format),
-      ('precision', lambda row: row.precision, lambda share: f'{100 * share:.1f}'),
-      ('recall', lambda row: row.recall, lambda share: f'{100 * share:.1f}'),
-      ('inception score', lambda row: row.inception_score, lambda score: score.text(2)),
-      ('alignment', lambda row: row.alignment, lambda score: score.text(3)),
-    ]
-    shown = [column for column in columns if any(column[1](p.row) is not None for p in self.points)]
-    lines = [[*names, 'pictures', *(name for name, _, _ in shown)]]
+    columns, values = distribution_report.value_cells([point.row for point in self.points])
+    lines = [[*names, 'pictures', *columns]]
     least = self.lowest()
-    for point in self.points:
-      cells = []
-      for name, value_of, render in shown:
-        value = value_of(point.row)
-        star = ' *' if point is least and name == 'Fréchet distance' else ''
-        cells.append('-' if value is None else render(value) + star)
-      values = [value_text(point.settings[name]) for name in names]
-      lines.append([*values, f'{point.row.pictures:,}', *cells])
+    for point, cells in zip(self.points, values):
+      if point is least:
+        cells[columns.index(distribution_report.FRECHET_DISTANCE)] += ' *'
+      settings = [value_text(point.settings[name]) for name in names]
+      lines.append([*settings, f'{point.row.pictures:,}', *cells])
     return lines
 
   def lowest(self) -> Point | None:

@@ -149,6 +149,19 @@ class SamplingSettings:
     )
     return exit_threshold, skip_threshold
 
+  @property
+  def skipping(self) -> tuple[str, int] | None:
+    """A setting that skips layers or passes or is speculative, and its value for off; None if none."""
+    exit_threshold, skip_threshold = self.thresholds
+    for name, is_off, off in (
+      ('exit_threshold', exit_threshold is None, 1),
+      ('guidance_skip_threshold', skip_threshold is None, 1),
+      ('speculative_window', self.speculative_window == 0, 0),
+    ):
+      if not is_off:
+        return name, off
+    return None
+
   def arrays(
     self, length: int
   ) -> tuple[Float32[np.ndarray, '{length}'], np.float32, np.int32, np.float32]:

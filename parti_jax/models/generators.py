@@ -284,7 +284,7 @@ KINDS = kinds.Kinds.of_part(
       llamagen.LlamaGenConfig,
       llamagen.LlamaGen,
       llamagen.ImageDecoder,
-      llamagen.block,
+      token_decoder.block,
       llamagen.example_inputs,
       llamagen.decoder_flops,
       llamagen.step_flops,

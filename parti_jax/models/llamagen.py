@@ -34,6 +34,7 @@ from parti_jax.core import text_ids
 from parti_jax.models import config_checks
 from parti_jax.models import parti_config
 from parti_jax.models import text_encoders
+from parti_jax.models import token_decoder
 from parti_jax.models.nn import attention_patterns
 from parti_jax.models.nn import block_options
 from parti_jax.models.nn import layers
@@ -197,7 +198,7 @@ class ClassEncoder(nn.Module):
     return self.embedding(text_tokens)
 
 
-class ImageDecoder(nn.Module):
+class ImageDecoder(token_decoder.CausalDecoder):
   """A causal Transformer over a condition and image tokens in raster order.
 
   Attributes:
@@ -207,6 +208,7 @@ class ImageDecoder(nn.Module):
   config: LlamaGenConfig
 
   def setup(self):
+    super().setup()
     config = self.config
     if config.text_encoder is not None:
       self.project_text = layers.MLP(config.width, config.width, config.compute_dtype)
@@ -217,21 +219,6 @@ class ImageDecoder(nn.Module):
         ('position', 'embed'),
         (config.text_length, config.text_width),
       )
-    self.token_embedding = layers.Embedding(config.codebook_size, config.width)
-    self.decoder = transformer.Decoder(
-      config.decoder_layers,
-      config.width,
-      config.mlp_width,
-      config.heads,
-      config.patterns,
-      config.dropout,
-      config.compute_dtype,
-      config.remat,
-      config.unroll,
-      config.decoder_options,
-    )
-    self.logits = layers.Projection((config.codebook_size,), 1, ('embed', 'vocab'))
-    self.drop = layers.Dropout(config.dropout)
 
   def __call__(
     self, previous: Int[Array, 'batch length'], state: transformer.DecoderState
@@ -240,13 +227,6 @@ class ImageDecoder(nn.Module):
     x, after = self.decoder(self.next_inputs(previous, state), state=state)
     assert after is not None
     return self.logits_from(x), after
-
-  def look_ahead(
-    self, previous: Int[Array, 'batch length'], state: transformer.DecoderState
-  ) -> tuple[Float[Array, 'batch length codebook'], list[transformer.Entry]]:
-    """Computes the logits of the next positions; as `generators.Decoder` describes it."""
-    x, entries = self.decoder.look_ahead(self.next_inputs(previous, state), state)
-    return self.logits_from(x), entries
 
   def next_inputs(
     self, previous: Int[Array, 'batch length'], state: transformer.DecoderState
@@ -315,21 +295,6 @@ class ImageDecoder(nn.Module):
     condition = condition.astype(self.config.compute_dtype)
     state = self.decoder.init_state(condition[:, :-1], mask[..., :-1], length, int8_cache)
     return state.replace(start=condition[:, -1])
-
-  def logits_from(
-    self, outputs: Float[Array, 'batch length embed']
-  ) -> Float[Array, 'batch length codebook']:
-    """Returns the float32 logits for the outputs of one layer."""
-    logits = self.logits(outputs.astype(jnp.float32))
-    return nn.with_logical_constraint(
-      logits, ('activation_batch', 'activation_length', 'activation_vocab')
-    )
-
-  def layer_logits(
-    self, x: Float[Array, 'batch length embed']
-  ) -> Float[Array, 'batch length codebook']:
-    """Returns the float32 logits that the output of any layer predicts, before the final norm."""
-    return self.logits_from(self.decoder.norm(x))
 
 
 class LlamaGen(nn.Module):
@@ -417,18 +382,6 @@ class LlamaGen(nn.Module):
     features = text_features.astype(config.compute_dtype)
     mask = mask[:, None, None]
     return self.image_decoder.condition(features, mask, is_empty | without), mask
-
-
-def block(config: LlamaGenConfig) -> transformer.DecoderBlock:
-  """Returns the module of one layer of the decoder, without dropout."""
-  return transformer.DecoderBlock(
-    config.width,
-    config.mlp_width,
-    config.heads,
-    dtype=config.compute_dtype,
-    options=config.decoder_options,
-    parent=None,
-  )
 
 
 def empty_text(config: LlamaGenConfig, text_tokens: TextTokens) -> TextTokens:

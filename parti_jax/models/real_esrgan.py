@@ -363,9 +363,3 @@ def _repeated(
 ) -> Float[Array, 'batch {factor}*height {factor}*width channels']:
   """Enlarges by repeating pixels."""
   return jnp.repeat(jnp.repeat(images, factor, axis=1), factor, axis=2)
-
-
-def example_inputs(config: Any, batch: int = 1) -> tuple[Float[Array, 'batch height width 3']]:
-  """Returns pictures of a size that the networks take, for initialization."""
-  side = 4 * config.multiple
-  return (jnp.zeros((batch, side, side, 3), jnp.float32),)

@@ -10,6 +10,7 @@ of the input is added, so the network learns the difference to it.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -230,9 +231,7 @@ def enlarge(
   return jax.image.resize(images, (batch, factor * height, factor * width, channels), 'cubic')
 
 
-def example_inputs(
-  config: SuperResolutionConfig, batch: int = 1
-) -> tuple[Float[Array, 'batch height width 3']]:
-  """Returns pictures of a size that `SuperResolution` takes, for initialization."""
-  side = 4 * config.unshuffle
+def example_inputs(config: Any, batch: int = 1) -> tuple[Float[Array, 'batch height width 3']]:
+  """Returns pictures of a size that the network of any upscaler's config takes, for initialization."""
+  side = 4 * config.multiple
   return (jnp.zeros((batch, side, side, 3), jnp.float32),)

@@ -16,28 +16,20 @@ from parti_jax.models.nn import layers
 from parti_jax.models.nn import transformer
 
 
-class TokenDecoder(nn.Module):
-  """A causal Transformer over image tokens in raster order, with cross-attention to the text.
+class CausalDecoder(nn.Module):
+  """What the image-token decoders of all kinds of generator have: a stack of blocks, and logits.
 
-  The input at a position is the previous token, and at the first position a learned vector. The
-  embedding table therefore has exactly one row for each code and can be split evenly.
+  A subclass defines `next_inputs`.
 
   Attributes:
-    config: sizes.
+    config: sizes; a `generators.Config`.
   """
 
-  config: parti_config.PartiConfig
+  config: Any
 
   def setup(self):
     config = self.config
-    rows, columns = config.grid
     self.token_embedding = layers.Embedding(config.codebook_size, config.width)
-    self.begin = layers.parameter(
-      self, 'begin', nn.initializers.normal(0.02), ('norm',), (config.width,)
-    )
-    if config.positions == 'learned':
-      self.row_embedding = layers.Embedding(rows, config.width, ('position', 'embed'))
-      self.column_embedding = layers.Embedding(columns, config.width, ('position', 'embed'))
     self.decoder = transformer.Decoder(
       config.decoder_layers,
       config.width,
@@ -52,6 +44,67 @@ class TokenDecoder(nn.Module):
     )
     self.logits = layers.Projection((config.codebook_size,), 1, ('embed', 'vocab'))
     self.drop = layers.Dropout(config.dropout)
+
+  def next_inputs(
+    self, previous: Int[Array, 'batch length'], state: transformer.DecoderState
+  ) -> Float[Array, 'batch length embed']:
+    """Returns the first layer's input at the next positions; the arguments are as `look_ahead`'s."""
+    raise NotImplementedError
+
+  def look_ahead(
+    self, previous: Int[Array, 'batch length'], state: transformer.DecoderState
+  ) -> tuple[Float[Array, 'batch length codebook'], list[transformer.Entry]]:
+    """Computes the logits of the next positions, of which the caller chooses how many to keep.
+
+    Args:
+      previous: the token before each position. Rows may reach beyond the last position; what they
+        get there has no meaning.
+      state: the state before these positions, with a position for each row.
+
+    Returns:
+      Float32 logits, and the keys and values of the positions for `DecoderState.advanced`.
+    """
+    x, entries = self.decoder.look_ahead(self.next_inputs(previous, state), state)
+    return self.logits_from(x), entries
+
+  def logits_from(
+    self, outputs: Float[Array, 'batch length embed']
+  ) -> Float[Array, 'batch length codebook']:
+    """Returns the float32 logits for the outputs of one layer."""
+    logits = self.logits(outputs.astype(jnp.float32))
+    return nn.with_logical_constraint(
+      logits, ('activation_batch', 'activation_length', 'activation_vocab')
+    )
+
+  def layer_logits(
+    self, x: Float[Array, 'batch length embed']
+  ) -> Float[Array, 'batch length codebook']:
+    """Returns the float32 logits that the output of any layer predicts, before the final norm."""
+    return self.logits_from(self.decoder.norm(x))
+
+
+class TokenDecoder(CausalDecoder):
+  """A causal Transformer over image tokens in raster order, with cross-attention to the text.
+
+  The input at a position is the previous token, and at the first position a learned vector. The
+  embedding table therefore has exactly one row for each code and can be split evenly.
+
+  Attributes:
+    config: sizes.
+  """
+
+  config: parti_config.PartiConfig
+
+  def setup(self):
+    super().setup()
+    config = self.config
+    rows, columns = config.grid
+    self.begin = layers.parameter(
+      self, 'begin', nn.initializers.normal(0.02), ('norm',), (config.width,)
+    )
+    if config.positions == 'learned':
+      self.row_embedding = layers.Embedding(rows, config.width, ('position', 'embed'))
+      self.column_embedding = layers.Embedding(columns, config.width, ('position', 'embed'))
 
   def __call__(
     self,
@@ -78,22 +131,6 @@ class TokenDecoder(nn.Module):
     x = self.embed(previous, position, layers.fold(dropout_keys, 0))
     x, state = self.decoder(x, encoded, text_mask, state, layers.fold(dropout_keys, 1))
     return self.logits_from(x), state
-
-  def look_ahead(
-    self, previous: Int[Array, 'batch length'], state: transformer.DecoderState
-  ) -> tuple[Float[Array, 'batch length codebook'], list[transformer.Entry]]:
-    """Computes the logits of the next positions, of which the caller chooses how many to keep.
-
-    Args:
-      previous: the token before each position. Rows may reach beyond the last position; what they
-        get there has no meaning.
-      state: the state before these positions, with a position for each row.
-
-    Returns:
-      Float32 logits, and the keys and values of the positions for `DecoderState.advanced`.
-    """
-    x, entries = self.decoder.look_ahead(self.embed(previous, state.position), state)
-    return self.logits_from(x), entries
 
   def next_inputs(
     self, previous: Int[Array, 'batch length'], state: transformer.DecoderState
@@ -139,21 +176,6 @@ class TokenDecoder(nn.Module):
         self.row_embedding(positions // columns) + self.column_embedding(positions % columns)
       )
     return self.drop(x.astype(self.config.compute_dtype), dropout_keys)
-
-  def logits_from(
-    self, outputs: Float[Array, 'batch length embed']
-  ) -> Float[Array, 'batch length codebook']:
-    """Returns the float32 logits for the outputs of one layer."""
-    logits = self.logits(outputs.astype(jnp.float32))
-    return nn.with_logical_constraint(
-      logits, ('activation_batch', 'activation_length', 'activation_vocab')
-    )
-
-  def layer_logits(
-    self, x: Float[Array, 'batch length embed']
-  ) -> Float[Array, 'batch length codebook']:
-    """Returns the float32 logits that the output of any layer predicts, before the final norm."""
-    return self.logits_from(self.decoder.norm(x))
 
 
 def block(config: Any) -> transformer.DecoderBlock:

@@ -119,13 +119,13 @@ KINDS = kinds.Kinds.of_part(
     'rrdb_net': Kind(
       real_esrgan.RRDBNetConfig,
       real_esrgan.RRDBNet,
-      real_esrgan.example_inputs,
+      super_resolution.example_inputs,
       flops.rrdb_net_forward,
     ),
     'srvgg_net_compact': Kind(
       real_esrgan.SRVGGNetCompactConfig,
       real_esrgan.SRVGGNetCompact,
-      real_esrgan.example_inputs,
+      super_resolution.example_inputs,
       flops.srvgg_net_compact_forward,
     ),
   },

@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from collections.abc import Iterator
 from typing import Any
 
@@ -285,3 +287,37 @@ def _status(words: str) -> str:
   """Returns the runtime's reason in one line."""
   found = re.search(r'absl::Status: (.*?)(\n\n|\nRPC|\n\*\*\*|\Z)', words, re.DOTALL)
   return ' '.join(found.group(1).split())[:300] if found else 'no reason given'
+
+
+def share(
+  args: argparse.Namespace, work: Callable[[Callable[[], tuple[int, int]], bool], int]
+) -> int:
+  """Does work that independent processes, or the processes of a multi-host run, share.
+
+  Args:
+    args: the flags of `add_arguments` and `add_worker`.
+    work: does this process' share, given a function that connects to the other processes and returns
+      the index of this one and their number, and whether they wait for each other; returns the exit
+      status.
+
+  Returns:
+    The exit status, or that of a process of a multi-host run that failed.
+  """
+  independent = worker(args)
+  found = None if independent else processes(args)
+  if found is None:
+    return work(lambda: independent or (0, 1), False)
+  watched = supervisor.WatchedProcess()
+  status = watched.fork(functools.partial(explanation, found, watched))
+  if status is not None:
+    return status
+
+  def connect_all() -> tuple[int, int]:
+    import jax
+
+    connect(found)
+    watched.connect()
+    return jax.process_index(), jax.process_count()
+
+  with watched.failures():
+    return work(connect_all, True)

@@ -536,17 +536,12 @@ def _supported(
   settings: sampling_settings.SamplingSettings,
 ) -> sampling_settings.SamplingSettings:
   """Returns settings; raises UserError if slots can't sample with them."""
-  exit_threshold, skip_threshold = settings.thresholds
-  for name, unused, off in (
-    ('exit_threshold', exit_threshold is None, 1),
-    ('guidance_skip_threshold', skip_threshold is None, 1),
-    ('speculative_window', settings.speculative_window == 0, 0),
-  ):
-    if not unused:
-      raise UserError(
-        f'{name}={getattr(settings, name):g} is not possible with continuous batching, which samples '
-        f'one token after the other with all layers and passes; set it to {off}'
-      )
+  if settings.skipping is not None:
+    name, off = settings.skipping
+    raise UserError(
+      f'{name}={getattr(settings, name):g} is not possible with continuous batching, which samples '
+      f'one token after the other with all layers and passes; set it to {off}'
+    )
   return settings
 
 

@@ -155,17 +155,12 @@ def check_settings(settings: sampling_settings.SamplingSettings, what: str) -> N
   Raises:
     UserError: if they skip layers or passes or are speculative.
   """
-  exit_threshold, skip_threshold = settings.thresholds
-  for name, unused, off in (
-    ('exit_threshold', exit_threshold is None, 1),
-    ('guidance_skip_threshold', skip_threshold is None, 1),
-    ('speculative_window', settings.speculative_window == 0, 0),
-  ):
-    if not unused:
-      raise UserError(
-        f'{what} is not possible with {name}={getattr(settings, name):g}, since it samples one token '
-        f'after the other with all layers and passes; set it to {off}'
-      )
+  if settings.skipping is not None:
+    name, off = settings.skipping
+    raise UserError(
+      f'{what} is not possible with {name}={getattr(settings, name):g}, since it samples one token '
+      f'after the other with all layers and passes; set it to {off}'
+    )
 
 
 def pictures(images: Any, size: int) -> UInt8[np.ndarray, 'images size size 3']:

@@ -5,6 +5,7 @@ import shutil
 
 import flax.serialization
 import flax.traverse_util
+import further_training
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,10 +14,8 @@ import safetensors.numpy
 import tiny_dalle_mini
 from PIL import Image
 
-from parti_jax.checkpoints import run_checkpoints
 from parti_jax.cli import main
 from parti_jax.core.errors import UserError
-from parti_jax.data import token_cache
 from parti_jax.exported_model import model_folder
 from parti_jax.importers import vqgan as vqgan_importer
 from parti_jax.models import dalle_mini
@@ -282,42 +281,8 @@ def test_its_sampling_step_is_planned(model, tmp_path, capsys):
 
 
 def test_a_run_goes_on_from_it_and_is_exported(model, tmp_path):
-  found = model_folder.load(model)
-  draw = np.random.default_rng(0)
-  captions = ['a red cat', 'the cat', 'red', 'a cat'] * 4
-  examples = [(caption, draw.integers(0, CODES, 16)) for caption in captions]
-  info = {
-    'codebook_size': CODES,
-    'image_tokens': 16,
-    'tokenizer': found.made_with['tokenizer']['tokenizer'],
-  }
-  token_cache.write_token_cache(str(tmp_path / 'tokens'), examples, info)
-  command = [
-    'train',
-    '--gin_file=runs/tiny_generator.gin',
-    '--gin_file=models/imported_generator.gin',
-    f"--gin.MODEL='{model}'",
-    f"--gin.token_cache.path='{tmp_path / 'tokens'}'",
-    "--gin.imported_generator.dtype='float32'",
-    '--gin.train.batch_size=8',
-    '--gin.train.steps=3',
-    '--gin.parti_schedule.warmup_steps=1',
-    '--gin.train.log_every=1',
-    f'--model_dir={tmp_path / "run"}',
-  ]
-  assert main.main(command) == 0
-  path = run_checkpoints.latest_checkpoint(str(tmp_path / 'run'))
-  config = run_checkpoints.read_config(path, 'generator')
-  assert config == found.generator_config
-  out = tmp_path / 'exported'
-  command = ['export', f'--base={model}', f'--generator={tmp_path / "run"}', f'--output_dir={out}']
-  assert main.main([*command, '--dtype=float32']) == 0
-  new = model_folder.load(out)
-  moved = lambda one, two: np.abs(np.asarray(one) - np.asarray(two)).max()
-  distances = jax.tree.map(moved, new.generator_params, found.generator_params)
-  assert 0 < distances['image_decoder']['decoder']['norm']['bias'] < 0.1
-  assert max(jax.tree.leaves(distances)) < 0.1
-  command = ['generate', 'a cat', f'--model={out}', f'--output_dir={tmp_path / "pictures"}']
-  assert main.main([*command, '--num_images=1']) == 0
-  (picture,) = (tmp_path / 'pictures').glob('*seed0_0.png')
+  captions = ['a cat', 'a red cat', 'the cat', 'red'] * 4
+  changes, picture = further_training.train_and_export(model, captions, CODES, tmp_path)
+  assert 0 < changes['image_decoder']['decoder']['norm']['bias'] < 0.1
+  assert max(jax.tree.leaves(changes)) < 0.1
   assert Image.open(picture).size == (8, 8)

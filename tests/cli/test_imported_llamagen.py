@@ -4,6 +4,7 @@ import json
 import pathlib
 
 import flax.traverse_util
+import further_training
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,12 +14,10 @@ import tiny_llamagen
 from PIL import Image
 
 import parti_jax
-from parti_jax.checkpoints import run_checkpoints
 from parti_jax.cli import main
 from parti_jax.core.errors import UserError
 from parti_jax.data import class_tokenizer
 from parti_jax.data import text_tokenizer
-from parti_jax.data import token_cache
 from parti_jax.exported_model import model_folder
 from parti_jax.importers import vqgan as vqgan_importer
 from parti_jax.models import generators
@@ -298,43 +297,10 @@ def test_what_is_missing_or_does_not_fit_is_named(sources, models, tmp_path, cap
 
 @KINDS
 def test_a_run_goes_on_from_it_and_is_exported(models, kind, tmp_path):
-  model = models / kind
-  found = model_folder.load(model)
-  draw = np.random.default_rng(0)
-  examples = [(caption, draw.integers(0, CODES, LENGTH)) for caption in PROMPTS[kind] * 8]
-  info = {
-    'codebook_size': CODES,
-    'image_tokens': LENGTH,
-    'tokenizer': found.made_with['tokenizer']['tokenizer'],
-  }
-  token_cache.write_token_cache(str(tmp_path / 'tokens'), examples, info)
-  command = [
-    'train',
-    '--gin_file=runs/tiny_generator.gin',
-    '--gin_file=models/imported_generator.gin',
-    f"--gin.MODEL='{model}'",
-    f"--gin.token_cache.path='{tmp_path / 'tokens'}'",
-    "--gin.imported_generator.dtype='float32'",
-    '--gin.train.batch_size=8',
-    '--gin.train.steps=3',
-    '--gin.parti_schedule.warmup_steps=1',
-    '--gin.train.log_every=1',
-    f'--model_dir={tmp_path / "run"}',
-  ]
-  assert main.main(command) == 0
-  path = run_checkpoints.latest_checkpoint(str(tmp_path / 'run'))
-  assert run_checkpoints.read_config(path, 'generator') == found.generator_config
-  out = tmp_path / 'exported'
-  command = ['export', f'--base={model}', f'--generator={tmp_path / "run"}', f'--output_dir={out}']
-  assert main.main([*command, '--dtype=float32']) == 0
-  new = model_folder.load(out)
-  moved = lambda one, two: np.abs(np.asarray(one) - np.asarray(two)).max()
-  distances = jax.tree.map(moved, new.generator_params, found.generator_params)
-  assert 0 < distances['image_decoder']['decoder']['norm']['scale'] < 0.1
-  assert max(jax.tree.leaves(distances)) < 0.1
-  command = ['generate', PROMPTS[kind][0], f'--model={out}', f'--output_dir={tmp_path / "drawn"}']
-  assert main.main([*command, '--num_images=1']) == 0
-  (picture,) = (tmp_path / 'drawn').glob('*seed0_0.png')
+  captions = PROMPTS[kind] * 8
+  changes, picture = further_training.train_and_export(models / kind, captions, CODES, tmp_path)
+  assert 0 < changes['image_decoder']['decoder']['norm']['scale'] < 0.1
+  assert max(jax.tree.leaves(changes)) < 0.1
   assert Image.open(picture).size == (6, 6)
 
 

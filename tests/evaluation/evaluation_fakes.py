@@ -1,9 +1,11 @@
 """A small artificial emoji set, and pipelines that generate it well or badly."""
 
+import contextlib
 import types
 import warnings
 
 import numpy as np
+import pytest
 
 from parti_jax.core.errors import UserError
 from parti_jax.data.openmoji import Picture
@@ -82,6 +84,21 @@ class FakePipeline:
     self.ranker = ranker
     self.generated = []
     self.settings = None
+
+  @contextlib.contextmanager
+  def stopped_after(self, calls):
+    """Interrupts the call of `generate` after so many, which has to end the block."""
+    generate = self.generate
+
+    def stopped(prompts, **settings):
+      if len(self.generated) == calls:
+        raise KeyboardInterrupt
+      return generate(prompts, **settings)
+
+    self.generate = stopped
+    with pytest.raises(KeyboardInterrupt):
+      yield
+    self.generate = generate
 
   def generate(
     self, prompts, num_images=4, seed=0, rank=False, first_index=0, progress=False, **settings

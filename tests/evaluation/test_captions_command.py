@@ -114,17 +114,8 @@ def test_each_caption_has_its_own_noise_and_position(pipeline, flags, tmp_path):
 
 
 def test_a_stopped_run_resumes(pipeline, flags, tmp_path):
-  generate = pipeline.generate
-
-  def stopped(prompts, **settings):
-    if len(pipeline.generated) == 2:
-      raise KeyboardInterrupt
-    return generate(prompts, **settings)
-
-  pipeline.generate = stopped
-  with pytest.raises(KeyboardInterrupt):
+  with pipeline.stopped_after(2):
     run(*flags)
-  pipeline.generate = generate
   run(*flags)
   drawn = [caption for group in pipeline.generated for caption in group]
   assert sorted(drawn) == sorted(f'picture {identity}' for identity in range(PICTURES))

@@ -80,18 +80,9 @@ def test_samples_are_balanced_and_read_by_numpy(pipeline, flags, tmp_path):
 
 
 def test_a_stopped_run_resumes_to_the_same_file(pipeline, flags, tmp_path):
-  generate = pipeline.generate
-
-  def stopped(prompts, **settings):
-    if len(pipeline.generated) == 2:
-      raise KeyboardInterrupt
-    return generate(prompts, **settings)
-
-  pipeline.generate = stopped
-  with pytest.raises(KeyboardInterrupt):
+  with pipeline.stopped_after(2):
     run(*flags, f'--output_dir={tmp_path}/out')
   assert not (tmp_path / 'out' / 'samples.npz').exists()
-  pipeline.generate = generate
   run(*flags, f'--output_dir={tmp_path}/out')
   drawn = [caption for group in pipeline.generated for caption in group]
   assert collections.Counter(drawn) == dict.fromkeys(NAMES, 5)
@@ -283,17 +274,8 @@ def test_a_sweep_of_class_samples_resumes(pipeline, flags, tmp_path):
 
   pipeline.draw = faded
   command = [*flags, _reference(tmp_path / 'real.npz'), f'--output_dir={tmp_path}/out']
-  generate = pipeline.generate
-
-  def stopped(prompts, **settings):
-    if len(pipeline.generated) == 6:
-      raise KeyboardInterrupt
-    return generate(prompts, **settings)
-
-  pipeline.generate = stopped
-  with pytest.raises(KeyboardInterrupt):
+  with pipeline.stopped_after(6):
     run(*command, '--sweep', 'guidance_scale=1,2')
-  pipeline.generate = generate
   run(*command, '--sweep', 'guidance_scale=1,2')
   assert [len(group) for group in pipeline.generated] == [4, 4, 4, 3] * 2
   out = tmp_path / 'out'

@@ -122,18 +122,9 @@ def test_a_model_without_a_ranker(pipeline, flags, tmp_path):
 
 def test_a_stopped_run_resumes(pipeline, flags, tmp_path, monkeypatch):
   monkeypatch.setattr(prompts_lib, '_AT_ONCE', 3)
-  generate = pipeline.generate
-
-  def stopped(prompts, **settings):
-    if len(pipeline.generated) == 2:
-      raise KeyboardInterrupt
-    return generate(prompts, **settings)
-
-  pipeline.generate = stopped
-  with pytest.raises(KeyboardInterrupt):
+  with pipeline.stopped_after(2):
     run(*flags)
   assert len(os.listdir(tmp_path / 'out' / 'pictures')) == 2
-  pipeline.generate = generate
   run(*flags)
   assert pipeline.generated == [['bond'], ['the word "A<B"'], ['a red apple'], ['bond']]
   with pytest.raises(UserError, match="another run, with sampling {}, but .* has .*'int8'"):

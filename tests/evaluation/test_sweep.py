@@ -117,20 +117,11 @@ def test_each_point_has_its_settings_and_the_curve_its_numbers(pipeline, coco, t
 
 
 def test_a_stopped_sweep_resumes_within_a_point(pipeline, coco, tmp_path):
-  generate = pipeline.generate
-
-  def stopped(prompts, **settings):
-    if len(pipeline.generated) == 3:
-      raise KeyboardInterrupt
-    return generate(prompts, **settings)
-
-  pipeline.generate = stopped
   out = tmp_path / 'out'
-  with pytest.raises(KeyboardInterrupt):
+  with pipeline.stopped_after(3):
     run(*coco, *SWEEP, f'--output_dir={out}')
   assert (out / 'points' / POINTS[0] / 'report.json').exists()
   assert not (out / 'points' / POINTS[1] / 'report.json').exists()
-  pipeline.generate = generate
   run(*coco, *SWEEP, f'--output_dir={out}')
   # Twelve captions in shards of eight and four, at four points, none of them twice.
   assert [len(group) for group in pipeline.generated] == [8, 4] * 4
