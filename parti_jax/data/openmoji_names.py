@@ -21,6 +21,7 @@ import numpy as np
 from parti_jax.core.errors import UserError
 from parti_jax.data import held_out_requests
 from parti_jax.data import openmoji
+from parti_jax.data import openmoji_colors
 from parti_jax.data import openmoji_requests
 
 ENGLISH = 'en'
@@ -120,7 +121,7 @@ def captions(
       text = _request(picture, rng)
     else:
       text = _phrase(picture, rng)
-    if text is not None and not (requests and text.casefold() in held_out_requests.REQUESTS):
+    if text is not None and not (requests and text.casefold() in held_out_requests.ALL):
       found[text] = None
   return list(found)[:count] or [picture.caption]
 
@@ -171,7 +172,12 @@ def _request(picture: openmoji.Picture, rng: np.random.Generator) -> str | None:
   name = pick(names(picture.name))
   phrase = _with_article(name, definite=rng.random() < 0.1)
   if not picture.tones:
-    core = openmoji_requests.Core(name, phrase.removesuffix(name).strip(), name[0].islower())
+    color = (
+      '' if re.search(rf'\b(?:{_COLORS})\b', name) else openmoji_colors.main_color(picture.code)
+    )
+    core = openmoji_requests.Core(
+      name, phrase.removesuffix(name).strip(), takes_words=name[0].islower(), color=color
+    )
   elif len(picture.tones) > 1:
     text = f'{phrase} with {" and ".join(picture.tones)}'
     core = openmoji_requests.Core(text, '', takes_words=False)

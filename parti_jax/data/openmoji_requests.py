@@ -3,8 +3,11 @@
 "please draw a shiny wooden spoon on the kitchen table in the morning" asks for the same picture as
 "spoon". The words around the name come from lists: how a request begins, whose thing it is, what it
 is like and made of, where and when it is, what it is for. They leave the picture as it is, so they
-state no color, no number above one and no place next to another thing, and none of them is a name of
-a picture.
+state no number above one, no place next to another thing, and no color but that of the picture.
+
+A share of the words distracts: they occur in the names of other pictures ("a smiling spoon", "a
+birthday spoon"), or are such names ("the cook's spoon", "a spoon for the cat"). The request still asks
+for the noun that these words describe. The other lists contain no name of a picture.
 
 This module doesn't import TensorFlow.
 """
@@ -21,6 +24,8 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
+
+from parti_jax.data import openmoji_colors
 
 T = TypeVar('T')
 
@@ -64,6 +69,86 @@ MOODS = tuple(
   """cheerful|joyful|proud|brave|shy|calm|gentle|curious|clever|lazy|busy|nervous|grumpy|gloomy
   |serious|patient|polite|excited|bored|content|hopeful|jolly|merry|moody|thoughtful
   |dreamy|confident|humble|noble""".replace('\n  ', '').split('|')
+)
+# Words that other names have, too. "Crying" alone doesn't make a face.
+TRAITS = tuple(
+  """smiling|laughing|grinning|winking|crying|worried|confused|surprised|disappointed|tired|weary
+  |frowning|pouting|kissing|screaming|anxious|sad|annoyed|astonished|relieved|dizzy|evil|wild-eyed
+  |flying|running|walking|dancing|swimming|rolling|jumping|sleeping|shaking|bouncing|floating|sliding
+  |speaking|singing|shooting|falling|rising|waving|playing|growing|fluttering|melting|steaming
+  |burning|exploding|glowing|sparkling|revolving|flashing|levitating|spinning|dashing|racing|speeding
+  |broken|cracked|closed|open|full|empty|half-full|crossed|raised|folded|curved|bent|tilted|upside-down
+  |stuffed|roasted|cooked|fried|baked|grilled|frozen|cold|warm|steamy|wet|dry|sweet|sour|salty|spicy
+  |bitter|fresh|raw|sliced|peeled|shaved|canned|hairy|curly|bald|bearded|blond|feathered|leafy|wilted
+  |thorny|poisonous|heavy-duty|high-speed|motorized|manual|mechanical|automatic|nuclear|solar|digital
+  |magnetic|medical|musical|military|martial|royal|national|international|political|industrial
+  |historical|classical greek|olympic|professional|amateur|young|older|adult|newborn|pregnant|deaf
+  |blind|sick|injured|healthy|strong|weak|masked|disguised|framed|wrapped-up|rolled-up|hollow
+  |last|first|outdoor|underground|aerial|polar|arctic|alpine
+  |striped|dotted|checkered|triangular|square|circular|oval|diagonal|vertical
+  |horizontal|spiral|winged|horned|one-eyed|magic|haunted|enchanted|cursed|lucky|zany
+  |holy|secret|stolen|rescued|trained|talking|invisible|transparent|shadowy|bright-eyed|thirsty|greedy|sneaky|furious|mad|stubborn|loving|smelly|noisy|silent|rapid|swift|quick|steady
+  |electronic|acoustic|portable|disposable|recycled|rusty|muddy|sandy|foggy|cloudy
+  |snowy|sunny|stormy|icy|fiery|smoky|starry|moonlit""".replace('\n  ', '').split('|')
+)
+# Nouns of other names, as in "birthday spoon".
+MODIFIERS = tuple(
+  """birthday|party|circus|carnival|festival|graduation|movie|theater|opera|jazz|rock|dance|music
+  |video|tv|radio|newspaper|school|college|office|bank|hospital|hotel|airport|station|railway|police
+  |army|navy|sports|tennis|football|hockey|golf|basketball|boxing|ski|surf|beach|sea|ocean|river
+  |mountain|forest|island|city|village|street|road|traffic|bridge|tower|castle|temple
+  |church|palace|factory|barn|garage|bathroom|bedroom|ice|snow|fire|water|wind|thunder|sun|star|space
+  |planet|earth|moonlight|night|winter|summer|spring|autumn|valentine|easter|baby|boy
+  |girl|lady|gentleman|family|monster|dragon|fairy|wizard|ninja|cowboy|dog|cat|horse|cow
+  |pig|sheep|chicken|duck|fish|bird|bee|monkey|bear|wolf|fox|mouse|rabbit|cheese|chocolate|honey|milk
+  |tea|coffee|fruit|vegetable|salad|soup|bread|cake|candy|rice|pasta|picnic|dinner|travel|safety
+  |emergency|science|chemistry|art|craft|sewing|toy|doll|puzzle|paper|glass|stone|metal|gemstone
+  |diamond|pearl|crystal|love|peace|power|energy|speed|alarm""".replace('\n  ', '').split('|')
+)
+# As in "a bowl of spoon": people also ask so for one thing.
+MEASURES = tuple(
+  """row of|group of|pair of|set of|crop of|handful of|basket of|bowl of|plate of|pile of|jar of
+  |stack of|collection of|lot of|kind of|sort of|model of|statue of|version of|example of|type of
+  |portion of|specimen of|silhouette of|photo of|postcard of|tattoo of|print of""".replace(
+    '\n  ', ''
+  ).split('|')
+)
+# Names of other pictures, and nouns that are parts of them.
+OTHERS = tuple(
+  """dog|cat|horse|cow|pig|goat|chicken|duck|fish|bird|mouse|rabbit|frog|bear|wolf|fox|monkey|snake
+  |dragon|dinosaur|whale|bee|ant|farmer|cook|teacher|doctor|nurse|student|pilot|artist|singer|judge
+  |detective|scientist|police officer|firefighter|astronaut|mechanic|dancer|clown|cowboy|ninja
+  |magician|princess|prince|queen|fairy|mermaid|vampire|zombie|elf|genie|santa claus|baby|boy|girl
+  |man|woman|old man|old woman|lady|family|sunset|sunrise|sun|star|planet|earth|cloud|snowman|fire
+  |river|sea|ocean|wave|mountain|beach|island|forest|tree|flower|leaf|bridge|castle|tower|church
+  |school|hospital|hotel|bank|station|factory|stadium|circus|bus|train|car|truck|boat|ship|airplane
+  |bicycle|camera|television|computer|phone|radio|clock|book|newspaper|letter|envelope|pencil|bag
+  |box|basket|bottle|cup|plate|spoon|fork|chair|bed|door|window|lamp|candle|mirror|hat|cap|shoe|sock
+  |shirt|dress|coat|scarf|glove|ribbon|heart|diamond|coin|money|gem|sword|bomb|magnet|ball|kite|drum
+  |piano|bell|cake|cookie|bread|cheese|egg|meat|rice|soup|salad|pizza|tea|coffee|milk|honey|salt
+  |cherry|grapes|peach|lemon|tomato|mushroom|chestnut|chocolate|candy|ice cream|smile|tear|tongue
+  |tooth|nose|ear|hand|foot|beard|mustache|eye|face|tail|wings|horns""".replace('\n  ', '').split(
+    '|'
+  )
+)
+# What joins one of them to the thing that a request is for.
+_JOINED = tuple(
+  """with a {}|with the {}|without a {}|for a {}|for the {}|from the {}|of the {}|of a {}|in the {}
+  |in a {}|on the {}|on a {}|at the {}|by the {}|like a {}|near a {}|made for a {}|made from a {}
+  |that likes the {}|that belongs to the {}|that the {} forgot|that the {} found|and not a {}
+  |instead of a {}|not the {}""".replace('\n  ', '').split('|')
+)
+# A thing that is described before it is named, as in "the star of the show, a spoon".
+APPOSITIONS = tuple(
+  """the star of the show,|the queen of the forest,|the ruler of the sea,|the friend of the farmer,
+  |the enemy of the mouse,|the master of the house,|the pride of the village,|the hero of the story,
+  |the symbol of love,|the terror of the night,|the lord of the mountains,|the love of my life,
+  |a gift from the sea,|a gift from the stars,|a surprise:|my birthday wish:|the prize:|the winner:
+  |the answer:|for the baby:|for the cat:|for the cook:|for dinner:|for the circus:|from the bakery:
+  |from the toy shop:|straight from the farm:|new at the zoo:|not a dog but|not a cat but|not a car but
+  |not the sun but|rather than a flower,|instead of a cake,|forget the fish,|no faces, only""".replace(
+    '\n  ', ''
+  ).split('|')
 )
 _PLACES = {
   'on': """the table|a table|the kitchen table|a shelf|the shelf|the counter|the floor|the ground
@@ -138,10 +223,24 @@ CLAUSES = tuple(
 )
 CLOSINGS = ('please', 'thanks', 'thank you', 'if you can', 'nothing else', 'in good quality')
 
-# Half of the words before a name are general, and the other half are materials and feelings.
-_BEFORE = (QUALITIES, QUALITIES, MATERIALS, MOODS)
+
+def _with_a(text: str, noun: str) -> str:
+  """Returns a text with the noun at its '{}'; 'a' before it becomes 'an' where needed."""
+  if noun[0] in 'aeiou':
+    text = re.sub(r'\ba \{', 'an {', text)
+  return text.format(noun)
+
+
+COMPANY = tuple(_with_a(joined, other) for joined in _JOINED for other in OTHERS)
+# Whose thing it is, as `OWNERS`, but with names.
+NAMED_OWNERS = tuple(
+  _with_a(owner, other) for owner in ("a {}'s", "the {}'s", "my {}'s") for other in OTHERS
+)
+
+# A third of the words before a name are general.
+_BEFORE = (QUALITIES, QUALITIES, MATERIALS, MOODS, TRAITS, TRAITS)
 _OF_EXPRESSIVE = (QUALITIES,)
-_AFTER = (PLACES, TIMES, PURPOSES, CLAUSES)
+_AFTER = (PLACES, TIMES, PURPOSES, CLAUSES, COMPANY)
 _WORD = re.compile(r"[a-z0-9']+")
 _HAS_EXPRESSION = re.compile(
   r'\b(?:face|faces|cat|monkey|person|people|man|men|woman|women|boy|girl|baby|child|kiss|couple|'
@@ -149,6 +248,9 @@ _HAS_EXPRESSION = re.compile(
 )
 # The most words of a name, at which windows of words end.
 _LONGEST_NAME = 6
+# A longer request would be cut where the model's text ends. A name may be as long as it is.
+_MOST_WORDS = 14
+_FEW_WORDS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,11 +261,13 @@ class Core:
     text: the name, such as 'spoon', or a name with its tone, such as 'dark-skinned man'.
     article: 'a', 'an', 'the' or '' before the text as it is.
     takes_words: whether an owner, a quality or a material may stand before the text.
+    color: the picture's main color, such as 'yellow', or ''.
   """
 
   text: str
   article: str
   takes_words: bool
+  color: str = ''
 
 
 def words(text: str) -> list[str]:
@@ -182,16 +286,22 @@ def request(
     is_name: whether successive words are a name of another picture.
 
   Returns:
-    The request; None if its words happen to contain the name of another picture, as "old man" does
-    for "man".
+    The request; None if it is too long, or if its words together with the name happen to contain the
+    name of another picture, as "old man" does for "man".
   """
   before = _pick(OPENINGS, rng) if rng.random() < 0.6 else ''
+  if rng.random() < 0.08:
+    described = _pick(APPOSITIONS, rng)
+    before = ' '.join(filter(None, [before, described])) if described.endswith(',') else described
   qualities = _qualities(core, rng) if core.takes_words else []
   article = _article(core, qualities, rng)
   after = [_pick(choices, rng) for choices in _lists_after(rng)]
   if rng.random() < 0.1:
     after.append(_pick(CLOSINGS, rng))
   if not (before or qualities or after):
+    return None
+  around = sum(len(text.split()) for text in (before, *qualities, *after))
+  if around > _FEW_WORDS and around + len(core.text.split()) > _MOST_WORDS:
     return None
   head = ' '.join(filter(None, [before, article, *qualities]))
   if _contains_name(words(head), words(core.text), words(' '.join(after)), is_name):
@@ -204,11 +314,17 @@ def _pick(choices: Sequence[T], rng: np.random.Generator) -> T:
 
 
 def _qualities(core: Core, rng: np.random.Generator) -> list[str]:
-  """Draws up to two words that stand before a name."""
+  """Draws up to four words that stand before a name."""
   draw = rng.random()
   count = 0 if draw < 0.3 else 1 if draw < 0.8 else 2
-  kinds = _OF_EXPRESSIVE if _HAS_EXPRESSION.search(core.text) else _BEFORE
-  return list(dict.fromkeys(_pick(_pick(kinds, rng), rng) for _ in range(count)))
+  expressive = _HAS_EXPRESSION.search(core.text)
+  kinds = _OF_EXPRESSIVE if expressive else _BEFORE
+  found = [_pick(_pick(kinds, rng), rng) for _ in range(count)]
+  if core.color and rng.random() < 0.25:
+    found.append(core.color)
+  if not expressive and (draw := rng.random()) < 0.2:
+    found.append(_pick(MODIFIERS if draw < 0.14 else MEASURES, rng))
+  return list(dict.fromkeys(found))
 
 
 def _article(core: Core, qualities: list[str], rng: np.random.Generator) -> str:
@@ -217,7 +333,7 @@ def _article(core: Core, qualities: list[str], rng: np.random.Generator) -> str:
     return core.article
   draw = rng.random()
   if draw < 0.15:
-    return _pick(OWNERS, rng)
+    return _pick(OWNERS if rng.random() < 0.5 else NAMED_OWNERS, rng)
   if not core.article or draw < 0.3:  # As in "spoon on the table" and "tiny spoon".
     return ''
   if not qualities or core.article == 'the':
@@ -252,8 +368,9 @@ def _contains_name(
 
 
 def phrases() -> Iterator[str]:
-  """Yields all entries of the lists."""
-  yield from itertools.chain(OPENINGS, OWNERS, QUALITIES, MATERIALS, MOODS, *_AFTER, CLOSINGS)
+  """Yields all entries of the lists that contain no name of a picture, and no part of one."""
+  lists = OPENINGS, OWNERS, QUALITIES, MATERIALS, MOODS, PLACES, TIMES, PURPOSES, CLAUSES, CLOSINGS
+  yield from itertools.chain(*lists)
 
 
 def could_make(text: str, core: str) -> bool:
@@ -268,7 +385,18 @@ def could_make(text: str, core: str) -> bool:
 
 
 def _heads() -> frozenset[tuple[str, ...]]:
-  singles = (*OPENINGS, *OWNERS, *QUALITIES, *MATERIALS, *MOODS, 'a', 'an', 'the')
+  articles = 'a', 'an', 'the'
+  owners = *OWNERS, *NAMED_OWNERS
+  described = (
+    *QUALITIES,
+    *MATERIALS,
+    *MOODS,
+    *TRAITS,
+    *MODIFIERS,
+    *MEASURES,
+    *openmoji_colors.COLORS,
+  )
+  singles = *OPENINGS, *APPOSITIONS, *articles, *owners, *described
   return frozenset(tuple(entry.split()) for entry in singles)
 
 
