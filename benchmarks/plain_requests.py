@@ -12,8 +12,8 @@ import argparse
 
 import numpy as np
 
-from parti_jax.data import openmoji
 from parti_jax.data import held_out_requests
+from parti_jax.data import openmoji
 from parti_jax.evaluation.openmoji import openmoji_judge
 from parti_jax.sampling import text_to_image
 
