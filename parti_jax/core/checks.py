@@ -18,6 +18,7 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from typing import Any
 
+from parti_jax.core import image_sizes
 from parti_jax.core.errors import UserError
 
 # Largest finite values of the dtypes that accelerators use.
@@ -238,14 +239,15 @@ def typed(
     name: name of the value, for the message.
     value: the value given.
     kind: int, float, bool, str; tuple[...] of these, for which lists are accepted too;
-      Mapping[str, str]; a dataclass; or `kind | None`. Values of any other annotation are not
+      `image_sizes.ImageSize`; Mapping[str, str]; a dataclass; or `kind | None`. Values of any other annotation are not
       checked.
     least: smallest number allowed, also within tuples.
     most: largest number allowed, also within tuples.
     show: formats a value for the message.
 
   Returns:
-    The value, with lists converted to tuples and NumPy numbers to Python numbers.
+    The value, with lists converted to tuples, NumPy numbers to Python numbers, and the size of
+    square pictures to one number.
 
   Raises:
     UserError: if the value is of another type, not finite or out of bounds.
@@ -256,6 +258,10 @@ def typed(
     return number(name, value, least, most, show=show)
   if kind is bool:
     return boolean(name, value, show=show)
+  if kind == image_sizes.ImageSize:
+    if isinstance(value, (tuple, list)):
+      return image_sizes.of_sides(*_typed_tuple(name, value, (int, int), least, most, show))
+    return whole_number(name, value, least, most, show=show)
   origin, arguments = typing.get_origin(kind), typing.get_args(kind)
   if origin in (typing.Union, types.UnionType):
     others = [argument for argument in arguments if argument is not type(None)]

@@ -11,6 +11,7 @@ and figure 2).
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import Int
 
+from parti_jax.core import image_sizes
 from parti_jax.models import config_checks
 from parti_jax.models import contrastive
 from parti_jax.models import quantizer
@@ -35,7 +37,7 @@ class CoCaConfig:
   """Sizes of a contrastive captioner; the defaults are those of CoCa-Base (CoCa, table 1).
 
   Attributes:
-    image_size: height and width of the pictures, in pixels.
+    image_size: height and width of the pictures, in pixels; one number for squares.
     patch_size: height and width of a patch, in pixels; must divide `image_size`.
     image_layers: number of blocks of the image encoder.
     unimodal_layers: number of blocks in the first half of the text decoder.
@@ -57,7 +59,7 @@ class CoCaConfig:
       if a value is out of range.
   """
 
-  image_size: int = 288
+  image_size: image_sizes.ImageSize = 288
   patch_size: int = 18
   image_layers: int = 12
   unimodal_layers: int = 12
@@ -84,7 +86,7 @@ class CoCaConfig:
 
   @property
   def patches(self) -> int:
-    return (self.image_size // self.patch_size) ** 2
+    return math.prod(side // self.patch_size for side in image_sizes.sides(self.image_size))
 
   @property
   def compute_dtype(self) -> jnp.dtype:
@@ -386,6 +388,6 @@ def example_inputs(
 ) -> tuple[Float[Array, 'batch height width 3'], Int[Array, 'batch text_length']]:
   """Returns arrays with the shapes and dtypes of the arguments of `CoCa`, for initialization."""
   return (
-    jnp.zeros((batch, config.image_size, config.image_size, 3), jnp.float32),
+    jnp.zeros((batch, *image_sizes.sides(config.image_size), 3), jnp.float32),
     jnp.ones((batch, config.text_length), jnp.int32),
   )

@@ -17,6 +17,7 @@ import gin
 from parti_jax.core import checks
 from parti_jax.core import errors
 from parti_jax.core import gin_config
+from parti_jax.core import image_sizes
 from parti_jax.models.nn import layer_stack
 
 # Settings of a network that may change while it keeps its parameters, since these keep their shapes
@@ -29,7 +30,7 @@ DTYPES = ('float32', 'bfloat16', 'float16')
 MAX_LAYERS = 1024
 MAX_SIZE = 2**20
 _LAYERS = ('layers', 'blocks', 'heads')
-_WHOLE_NUMBERS = (int, int | None, tuple[int, int], tuple[int, ...])
+_WHOLE_NUMBERS = (int, int | None, tuple[int, int], tuple[int, ...], image_sizes.ImageSize)
 
 _Kind = TypeVar('_Kind', bound=type)
 
@@ -144,9 +145,9 @@ def check_image_length(config: Any, name: str) -> None:
 
 
 def check_divides(config: Any, name: str, whole: str) -> None:
-  """Raises UserError unless the field `name` divides the field `whole`."""
+  """Raises UserError unless the field `name` divides the field `whole`, or each number of a pair."""
   part, value = getattr(config, name), getattr(config, whole)
-  if value % part:
+  if any(number % part for number in image_sizes.sides(value)):
     raise errors.UserError(f'{_key(config, name)}={part} does not divide {whole}={value}')
 
 

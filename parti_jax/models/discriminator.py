@@ -12,9 +12,10 @@ from jaxtyping import Array
 from jaxtyping import Float
 
 from parti_jax.core import errors
+from parti_jax.core import image_sizes
 from parti_jax.models import config_checks
 
-# Height and width of the feature maps after the last residual block.
+# Shorter side of the feature maps after the last residual block.
 _LAST_SIZE = 4
 
 
@@ -25,7 +26,8 @@ class DiscriminatorConfig:
 
   Attributes:
     channels: feature maps times height: a block at height h has channels / h feature maps (32,768
-      in configuration F of StyleGAN2: 64 at 512 pixels, 128 at 256).
+      in configuration F of StyleGAN2: 64 at 512 pixels, 128 at 256). Of pictures that are no squares,
+      the shorter side counts as the height.
     max_channels: maximum number of feature maps of a block.
     minibatch_group: number of pictures in a group for the standard deviation that the last block
       sees; 1 for no standard deviation. If it does not divide the batch, the greatest common
@@ -48,19 +50,27 @@ class DiscriminatorConfig:
     """Returns the number of feature maps of a block with an input of this height."""
     return max(1, min(self.channels // size, self.max_channels))
 
-  def sizes(self, image_size: int) -> list[int]:
-    """Returns the heights of the blocks' inputs, the largest first.
+  def sizes(self, image_size: image_sizes.ImageSize) -> list[int]:
+    """Returns the heights, or shorter sides, of the blocks' inputs, the largest first.
 
     Raises:
-      UserError: if the size of the pictures is not a power of two, or less than 8.
+      UserError: if the shorter side of the pictures is not a power of two, or less than 8, or if the
+        other side can't be halved as often.
     """
-    if image_size < 2 * _LAST_SIZE or image_size & (image_size - 1):
+    shorter, longer = sorted(image_sizes.sides(image_size))
+    if shorter < 2 * _LAST_SIZE or shorter & (shorter - 1):
       raise errors.UserError(
         f'a discriminator halves its pictures down to {_LAST_SIZE}×{_LAST_SIZE}: their size of '
-        f'{image_size} is not a power of two from {2 * _LAST_SIZE}; choose another '
+        f'{shorter} is not a power of two from {2 * _LAST_SIZE}; choose another '
         'image_size, or set adversarial_weight to 0'
       )
-    return [image_size >> i for i in range(int(math.log2(image_size // _LAST_SIZE)))]
+    if longer % (shorter // _LAST_SIZE):
+      raise errors.UserError(
+        f'a discriminator halves its pictures until the shorter side of {shorter} is {_LAST_SIZE}: '
+        f'the other side of {longer} is not a multiple of {shorter // _LAST_SIZE}; choose another '
+        'image_size, or set adversarial_weight to 0'
+      )
+    return [shorter >> i for i in range(int(math.log2(shorter // _LAST_SIZE)))]
 
 
 class Convolution(nn.Module):
@@ -143,10 +153,10 @@ class Discriminator(nn.Module):
   config: DiscriminatorConfig
 
   @nn.compact
-  def __call__(self, images: Float[Array, 'batch size size 3']) -> Float[Array, 'batch']:
-    """Returns float32 logits of pictures with values in [0, 1]; `size` is a power of two >= 8."""
+  def __call__(self, images: Float[Array, 'batch height width 3']) -> Float[Array, 'batch']:
+    """Returns float32 logits of pictures with values in [0, 1], of a size for `config.sizes`."""
     config, dtype = self.config, jnp.dtype(self.config.dtype)
-    sizes = config.sizes(images.shape[1])
+    sizes = config.sizes(images.shape[1:3])
     x = Convolution(config.width(sizes[0]), 1, dtype=dtype, name='from_pixels')(images * 2.0 - 1.0)
     for size in sizes:
       x = Block(config.width(size // 2), dtype, name=f'block_{size}')(x)

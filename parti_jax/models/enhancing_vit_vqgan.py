@@ -30,7 +30,7 @@ class EnhancingViTVQGANConfig(vit_vqgan.OfPatches):
   """Sizes of the tokenizer; the defaults are those of the published small one.
 
   Attributes:
-    image_size: height and width of the images, in pixels.
+    image_size: height and width of the images, which are squares, in pixels.
     patch_size: height and width of a patch, in pixels; must divide `image_size`.
     layers: number of blocks of the encoder, and of the decoder.
     width: model dimension `embed` of both.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from parti_jax.core import image_sizes
 from parti_jax.models import clip
 from parti_jax.models import coca
 from parti_jax.models import discriminator
@@ -86,39 +87,41 @@ def vit_vqgan_forward(config: vit_vqgan.ViTVQGANConfig) -> int:
   return total
 
 
-def discriminator_forward(config: discriminator.DiscriminatorConfig, image_size: int) -> int:
+def discriminator_forward(
+  config: discriminator.DiscriminatorConfig, image_size: image_sizes.ImageSize
+) -> int:
   """FLOPs of one picture through the discriminator."""
   width = config.width
-  total = _convolution(image_size, 1, 3, width(image_size))
+  shorter, longer = sorted(image_sizes.sides(image_size))
+  # Of the square with the shorter side.
+  total = _convolution(shorter**2, 1, 3, width(shorter))
   for size in config.sizes(image_size):
     half = size // 2
     total += (
-      _convolution(size, 3, width(size), width(size))
-      + _convolution(half, 3, width(size), width(half))
-      + _convolution(half, 1, width(size), width(half))
+      _convolution(size**2, 3, width(size), width(size))
+      + _convolution(half**2, 3, width(size), width(half))
+      + _convolution(half**2, 1, width(size), width(half))
     )
   extra = 1 if config.minibatch_group > 1 else 0
-  return (
-    total
-    + _convolution(half, 3, width(half) + extra, width(half))
-    + 2 * half * half * width(half) * width(half)
-    + 2 * width(half)
-  )
+  total += _convolution(half**2, 3, width(half) + extra, width(half))
+  total += 2 * half * half * width(half) * width(half)
+  return total * longer // shorter + 2 * width(half)
 
 
-def vgg16_forward(image_size: int) -> int:
+def vgg16_forward(image_size: image_sizes.ImageSize) -> int:
   """FLOPs of one picture through the convolutions of VGG16."""
+  height, width = image_sizes.sides(image_size)
   total, channels = 0, 3
   for stage, widths in enumerate(lpips.VGG16):
-    for width in widths:
-      total += _convolution(image_size >> stage, 3, channels, width)
-      channels = width
+    for features in widths:
+      total += _convolution((height >> stage) * (width >> stage), 3, channels, features)
+      channels = features
   return total
 
 
-def _convolution(size: int, kernel: int, channels: int, features: int) -> int:
-  """FLOPs of a convolution with `size` rows and columns in its output."""
-  return 2 * size**2 * kernel**2 * channels * features
+def _convolution(positions: int, kernel: int, channels: int, features: int) -> int:
+  """FLOPs of a convolution with this number of positions, rows times columns, in its output."""
+  return 2 * positions * kernel**2 * channels * features
 
 
 def coca_forward(config: coca.CoCaConfig) -> int:

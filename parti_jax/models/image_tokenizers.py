@@ -20,6 +20,7 @@ from jaxtyping import Float
 from jaxtyping import Int
 
 from parti_jax.core import errors
+from parti_jax.core import image_sizes
 from parti_jax.models import config_checks
 from parti_jax.models import enhancing_vit_vqgan
 from parti_jax.models import flops
@@ -36,8 +37,8 @@ class Config(Protocol):
   def __hash__(self) -> int: ...
 
   @property
-  def image_size(self) -> int:
-    """Height and width of an image, in pixels."""
+  def image_size(self) -> image_sizes.ImageSize:
+    """Height and width of an image, in pixels; one number for squares."""
 
   @property
   def grid(self) -> tuple[int, int]:
@@ -161,7 +162,7 @@ KINDS = kinds.Kinds.of_part(
       vqgan.VQGAN,
       vqgan.example_inputs,
       Training(
-        lambda config: flops.vqgan_forward(config, config.image_size, config.image_size),
+        lambda config: flops.vqgan_forward(config, *image_sizes.sides(config.image_size)),
         ('decoder_res_blocks', 'output'),
         vqgan.last_kernel_gradient,
       ),

@@ -18,6 +18,7 @@ from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import Int
 
+from parti_jax.core import image_sizes
 from parti_jax.models import clip
 from parti_jax.models import coca
 from parti_jax.models import kinds
@@ -32,8 +33,8 @@ class Config(Protocol):
   def __hash__(self) -> int: ...
 
   @property
-  def image_size(self) -> int:
-    """Height and width of an image, in pixels."""
+  def image_size(self) -> image_sizes.ImageSize:
+    """Height and width of an image, in pixels; one number for squares."""
 
   @property
   def text_length(self) -> int:

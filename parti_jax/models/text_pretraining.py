@@ -13,6 +13,7 @@ from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import Int
 
+from parti_jax.core import image_sizes
 from parti_jax.models import coca
 from parti_jax.models import contrastive
 from parti_jax.models import masked_language
@@ -148,4 +149,4 @@ def example_inputs(
   texts = jnp.ones((batch, config.text_length), jnp.int32)
   if image is None:
     return (texts,)
-  return texts, jnp.zeros((batch, image.image_size, image.image_size, 3), jnp.float32)
+  return texts, jnp.zeros((batch, *image_sizes.sides(image.image_size), 3), jnp.float32)

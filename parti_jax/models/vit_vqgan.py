@@ -11,6 +11,7 @@ from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import Int
 
+from parti_jax.core import image_sizes
 from parti_jax.models import config_checks
 from parti_jax.models import quantizer
 from parti_jax.models.nn import layers
@@ -21,16 +22,16 @@ LOGIT_LAPLACE_EPSILON = 0.1
 
 
 class OfPatches:
-  """What the sizes of a network of square images and patches imply; a base of configs."""
+  """What the sizes of a network of images and square patches imply; a base of configs."""
 
-  image_size: int
+  image_size: image_sizes.ImageSize
   patch_size: int
   dtype: str
 
   @property
   def grid(self) -> tuple[int, int]:
-    side = self.image_size // self.patch_size
-    return side, side
+    height, width = image_sizes.sides(self.image_size)
+    return height // self.patch_size, width // self.patch_size
 
   @property
   def image_length(self) -> int:
@@ -47,7 +48,7 @@ class ViTVQGANConfig(OfPatches):
   """Sizes of an image tokenizer.
 
   Attributes:
-    image_size: height and width of the pictures, in pixels.
+    image_size: height and width of the pictures, in pixels; one number for squares.
     patch_size: height and width of a patch, in pixels; must divide `image_size`.
     encoder_layers: number of blocks of the encoder.
     encoder_width: model dimension of the encoder.
@@ -69,7 +70,7 @@ class ViTVQGANConfig(OfPatches):
       a value is out of range.
   """
 
-  image_size: int = 256
+  image_size: image_sizes.ImageSize = 256
   patch_size: int = 8
   encoder_layers: int = 8
   encoder_width: int = 512
@@ -304,4 +305,4 @@ def example_inputs(
   config: ViTVQGANConfig, batch: int = 1
 ) -> tuple[Float[Array, 'batch height width 3']]:
   """Returns pictures of the size that `ViTVQGAN` takes, for initialization."""
-  return (jnp.zeros((batch, config.image_size, config.image_size, 3), jnp.float32),)
+  return (jnp.zeros((batch, *image_sizes.sides(config.image_size), 3), jnp.float32),)

@@ -20,6 +20,7 @@ from jaxtyping import Int
 
 from parti_jax.core import checks
 from parti_jax.core import errors
+from parti_jax.core import image_sizes
 from parti_jax.models import config_checks
 from parti_jax.models import quantizer
 from parti_jax.models import vit_vqgan
@@ -43,8 +44,8 @@ class VQGANConfig:
   """Sizes of a convolutional image tokenizer.
 
   Attributes:
-    image_size: height and width of the images, in pixels. Methods that take images accept other
-      sizes too.
+    image_size: height and width of the images, in pixels; one number for squares. Methods that take
+      images accept other sizes too.
     channels: base number of channels.
     multipliers: factor of the base number at each level. The first level has the full resolution,
       and each following level half the height and width of the one before.
@@ -81,7 +82,7 @@ class VQGANConfig:
     UserError: if a value is out of range, or does not fit the others.
   """
 
-  image_size: int = 256
+  image_size: image_sizes.ImageSize = 256
   channels: int = 128
   multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
   res_blocks: int = 2
@@ -117,7 +118,7 @@ class VQGANConfig:
     if not self.multipliers:
       raise errors.UserError('VQGANConfig.multipliers=() must have at least one number')
     config_checks.check_divides(self, 'norm_groups', 'channels')
-    if self.image_size % self.factor:
+    if any(side % self.factor for side in image_sizes.sides(self.image_size)):
       raise errors.UserError(
         f'VQGANConfig.image_size={self.image_size} is not a multiple of {self.factor}, by which '
         f'the {len(self.multipliers)} levels of multipliers={self.multipliers} downsample'
@@ -153,7 +154,7 @@ class VQGANConfig:
   @property
   def grid(self) -> tuple[int, int]:
     """Rows and columns of the tokens of an image of `image_size`."""
-    return self.grid_for(self.image_size, self.image_size)
+    return self.grid_for(*image_sizes.sides(self.image_size))
 
   @property
   def image_length(self) -> int:
@@ -540,4 +541,4 @@ def example_inputs(
   config: VQGANConfig, batch: int = 1
 ) -> tuple[Float[Array, 'batch height width 3']]:
   """Returns an array with the shape and dtype of the argument of `VQGAN`, for initialization."""
-  return (jnp.zeros((batch, config.image_size, config.image_size, 3), jnp.float32),)
+  return (jnp.zeros((batch, *image_sizes.sides(config.image_size), 3), jnp.float32),)
