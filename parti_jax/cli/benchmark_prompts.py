@@ -6,9 +6,8 @@ import argparse
 import json
 import sys
 
-import parti_jax
+from parti_jax.cli import model_flags
 from parti_jax.cli import sampling_flags
-from parti_jax.core import start_cache
 from parti_jax.core.errors import UserError
 from parti_jax.evaluation import output_folder
 from parti_jax.evaluation.benchmarks import drawing
@@ -36,8 +35,7 @@ def draw(args: argparse.Namespace) -> int:
   all_prompts = benchmark.read(args.file)
   prompts = all_prompts[: args.max_prompts]
   benchmark.check_num_images(num_images, prompts)
-  start_cache.enable()
-  model = parti_jax.load(args.model, ranker=args.ranker, **precision)
+  model = model_flags.load(args)
   if benchmark.ranks(num_images) and model.ranker is None:
     raise UserError(
       f'--num_images={num_images}: {benchmark.title} has one picture for each prompt, the best by a '

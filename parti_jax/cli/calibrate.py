@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-import parti_jax
 from parti_jax.cli import generate
+from parti_jax.cli import model_flags
 from parti_jax.cli import sampling_flags
 from parti_jax.core import checks
 from parti_jax.core import storage
@@ -40,9 +40,7 @@ _COLUMNS = {
 
 def add_arguments(parser: argparse.ArgumentParser):
   """Adds the command's flags."""
-  parser.add_argument(
-    '--model', metavar='PATH', help='an exported model (default: the demo model in the package)'
-  )
+  model_flags.add_model(parser)
   parser.add_argument(
     '--calibrate',
     default=THRESHOLDS[0],
@@ -123,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
       another calibration.
   """
   _check_flags(args)
-  model = parti_jax.load(args.model)
+  model = model_flags.load(args)
   judge = _judge(args, model)
   _check_prompts(args, judge)
   study = _Study(args, model, judge)

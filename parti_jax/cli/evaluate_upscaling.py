@@ -12,6 +12,7 @@ from typing import Any
 
 import tqdm
 
+from parti_jax.cli import model_flags
 from parti_jax.cli import sampling_flags
 from parti_jax.core import compilation_cache
 from parti_jax.core import gin_config
@@ -22,15 +23,8 @@ from parti_jax.evaluation import upscaling_report
 def add_arguments(parser: argparse.ArgumentParser):
   """Adds the command's flags."""
   gin_config.add_gin_arguments(parser)
-  parser.add_argument(
-    '--model', metavar='PATH', help='an exported model (default: the demo model in the package)'
-  )
-  parser.add_argument(
-    '--upscaler',
-    metavar='PATH',
-    help="a folder with the super-resolution to measure instead of the model's, such as a "
-    'Real-ESRGAN that `parti-jax import` wrote',
-  )
+  model_flags.add_model(parser)
+  model_flags.add_replacement(parser, 'upscaler')
   parser.add_argument(
     '--source',
     metavar='NAME',

@@ -8,9 +8,9 @@ import pathlib
 import sys
 import warnings
 
+from parti_jax.cli import model_flags
 from parti_jax.cli import sampling_flags
 from parti_jax.core import garbage
-from parti_jax.core import start_cache
 from parti_jax.core.errors import UserError
 from parti_jax.data.readers import text_files
 
@@ -30,17 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser):
   parser.add_argument(
     '--prompts_file', metavar='FILE', help='a text file with more prompts, one on each line'
   )
-  parser.add_argument(
-    '--model', metavar='PATH', help='an exported model (default: the demo model in the package)'
-  )
-  parser.add_argument(
-    '--lora',
-    action='append',
-    default=[],
-    metavar='FILE[:FACTOR]',
-    help='adapters to add to the model that they were trained on, as `parti-jax export --no-merge` '
-    'writes them; may be given several times',
-  )
+  model_flags.add_arguments(parser)
   parser.add_argument(
     '--output_dir',
     default=DEFAULT_OUTPUT_DIR,
@@ -56,22 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser):
   parser.add_argument(
     '--rank',
     action='store_true',
-    help="sort the pictures of each prompt with the model's ranker, best first; the paper ranks 16",
-  )
-  parser.add_argument(
+    help='sort the pictures of each prompt with the ranker, best first; the paper ranks 16. Implied by '
     '--ranker',
-    metavar='PATH',
-    help="sort them with the ranker in this folder instead of the model's, such as a CLIP that "
-    '`parti-jax import` wrote',
   )
   parser.add_argument(
-    '--upscale', action='store_true', help="enlarge the pictures with the model's super-resolution"
-  )
-  parser.add_argument(
-    '--upscaler',
-    metavar='PATH',
-    help="enlarge them with the super-resolution in this folder instead of the model's, such as a "
-    'Real-ESRGAN that `parti-jax import` wrote',
+    '--upscale',
+    action='store_true',
+    help='enlarge the pictures with the super-resolution. Implied by --upscaler',
   )
   parser.add_argument(
     '--seed', type=int, default=0, help='seed of the pictures (default: %(default)s)'
@@ -144,17 +125,7 @@ def run(args: argparse.Namespace) -> int:
   """
   prompts = _prompts(args)
   _check_flags(args)
-  # Imports JAX, which takes a moment, so only after checking the flags.
-  from parti_jax.sampling import text_to_image
-
-  start_cache.enable()
-  model = text_to_image.load(
-    args.model,
-    ranker=args.ranker,
-    upscaler=args.upscaler,
-    lora=args.lora,
-    **sampling_flags.given_precision(args),
-  )
+  model = model_flags.load(args)
   garbage.resume()
   with warnings.catch_warnings():
     warnings.simplefilter('always', UserWarning)

@@ -20,10 +20,9 @@ import numpy as np
 import tqdm
 from PIL import Image
 
-import parti_jax
 from parti_jax.cli import benchmark_prompts
+from parti_jax.cli import model_flags
 from parti_jax.cli import sampling_flags
-from parti_jax.core import start_cache
 from parti_jax.core.errors import UserError
 from parti_jax.evaluation import html_page
 from parti_jax.evaluation import output_folder
@@ -68,15 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser):
       f'{name}: {benchmark.results_are}' for name, benchmark in registry.BENCHMARKS.items()
     ),
   )
-  parser.add_argument(
-    '--model', metavar='PATH', help='an exported model (default: the demo model in the package)'
-  )
-  parser.add_argument(
-    '--ranker',
-    metavar='PATH',
-    help="folder of a ranker to use instead of the model's, such as a CLIP that `parti-jax import` "
-    'wrote',
-  )
+  model_flags.add_model(parser)
+  model_flags.add_replacement(parser, 'ranker')
   parser.add_argument(
     '--output_dir',
     metavar='DIR',
@@ -140,8 +132,7 @@ def run(args: argparse.Namespace) -> int:
   sampling = sampling_flags.overriding(args)
   precision = sampling_flags.given_precision(args)
   prompts = prompts_file.read(args.file)[: args.max_prompts]
-  start_cache.enable()
-  model = parti_jax.load(args.model, ranker=args.ranker, **precision)
+  model = model_flags.load(args)
   drawing.cut_prompts(model, prompts)  # Raises an error before the first picture, not after hours.
   folder = output_folder.make(args.output_dir)
   output_folder.claim(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import warnings
 
+from parti_jax.cli import model_flags
 from parti_jax.cli import sampling_flags
 from parti_jax.core import checks
-from parti_jax.core import start_cache
 from parti_jax.core.errors import UserError
 
 _LARGEST_PORT = 65535
@@ -20,24 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser, port: int):
     parser: parser of a command.
     port: the default port.
   """
-  parser.add_argument(
-    '--model', metavar='PATH', help='an exported model (default: the demo model in the package)'
-  )
-  parser.add_argument(
-    '--lora',
-    action='append',
-    default=[],
-    metavar='FILE[:FACTOR]',
-    help='adapters to add to the model that they were trained on; may be given several times',
-  )
-  parser.add_argument(
-    '--ranker', metavar='PATH', help="rank with the ranker in this folder instead of the model's"
-  )
-  parser.add_argument(
-    '--upscaler',
-    metavar='PATH',
-    help="enlarge with the super-resolution in this folder instead of the model's",
-  )
+  model_flags.add_arguments(parser)
   parser.add_argument(
     '--host',
     default='127.0.0.1',
@@ -98,22 +81,13 @@ def service(args: argparse.Namespace, **limits):
   Raises:
     UserError: if the model can't be loaded, or can't be sampled with these settings.
   """
-  from parti_jax.sampling import text_to_image
   from parti_jax.serving import image_requests
   from parti_jax.serving import image_service
 
   # Answers say what they leave out of a prompt.
   warnings.filterwarnings('ignore', r'(prompt|text) \d+ is longer than', UserWarning)
-  start_cache.enable()
-  model = text_to_image.load(
-    args.model,
-    ranker=args.ranker,
-    upscaler=args.upscaler,
-    lora=args.lora,
-    **sampling_flags.given_precision(args),
-  )
   found = image_service.ImageService(
-    model,
+    model_flags.load(args),
     image_requests.Limits(images=args.max_images, queue=args.queue, **limits),
     args.batch_size,
     **sampling_flags.given(args),
