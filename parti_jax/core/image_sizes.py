@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from parti_jax.core.errors import UserError
+
 # Height and width in pixels. A pair has different numbers, since `checks.typed` turns others into
 # one number; so equal sizes compare as equal.
 ImageSize = int | tuple[int, int]
@@ -10,6 +12,24 @@ ImageSize = int | tuple[int, int]
 def sides(size: ImageSize) -> tuple[int, int]:
   """Returns height and width."""
   return size if isinstance(size, tuple) else (size, size)
+
+
+def square(size: ImageSize, what: str, way_out: str = '') -> int:
+  """Returns height and width of squares.
+
+  Args:
+    size: the size of pictures.
+    what: begins the message: what is for squares only, and a verb, such as 'the judge takes'.
+    way_out: ends the message.
+
+  Raises:
+    UserError: if the pictures are no squares.
+  """
+  if isinstance(size, tuple):
+    raise UserError(
+      f'{what} square pictures only, none of {text(size)} pixels{"; " if way_out else ""}{way_out}'
+    )
+  return size
 
 
 def of_sides(height: int, width: int) -> ImageSize:

@@ -12,6 +12,7 @@ import numpy as np
 from parti_jax.core.errors import UserError
 from parti_jax.core.fingerprints import Fingerprint
 from parti_jax.data import datasets
+from parti_jax.data import examples
 from parti_jax.data import mixtures
 from parti_jax.data import share as share_lib
 
@@ -62,7 +63,7 @@ class Batches:
     task: str,
     split: str,
     batch_size: int,
-    feature_lengths: Mapping[str, int],
+    feature_lengths: examples.Lengths,
     seed: int = 0,
     shuffle: bool = True,
     num_epochs: int | None = None,

@@ -25,7 +25,6 @@ import functools
 import os
 from collections.abc import Iterable
 from collections.abc import Iterator
-from collections.abc import Mapping
 
 import gin
 import numpy as np
@@ -33,6 +32,7 @@ from absl import logging
 from jaxtyping import UInt8
 
 import parti_jax
+from parti_jax.core import image_sizes
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
 from parti_jax.core.fingerprints import Fingerprint
@@ -131,12 +131,12 @@ class Dataset:
     """Opens a split with `Source.open`, reading only what the features need."""
     return self.source.open(split, pictures=self.features != ('inputs',))
 
-  def preparation(self, lengths: Mapping[str, int], training: bool) -> examples.Preparation:
+  def preparation(self, lengths: examples.Lengths, training: bool) -> examples.Preparation:
     """Returns the preparation of an example.
 
     Args:
       lengths: the length of each feature, such as {'inputs': 32, 'images': 64}. The length of a
-        picture is its height and width in pixels.
+        picture is its height and width in pixels; one number for squares.
       training: whether texts are dropped for guidance, and any of several captions is used. Tasks of texts only never drop them, since
         an encoder learns nothing from an empty text.
 
@@ -167,7 +167,7 @@ class Dataset:
     )
 
 
-def check_lengths(name: str, features: Iterable[str], lengths: Mapping[str, int]) -> None:
+def check_lengths(name: str, features: Iterable[str], lengths: examples.Lengths) -> None:
   """Raises UserError unless `lengths` has exactly the features of a task, each with a length."""
   if set(features) != set(lengths):
     raise UserError(
@@ -175,11 +175,12 @@ def check_lengths(name: str, features: Iterable[str], lengths: Mapping[str, int]
       f'gives {", ".join(sorted(lengths)) or "none"}{_hint(lengths)}'
     )
   for feature, length in lengths.items():
-    if not isinstance(length, int) or length < 1:
+    numbers = image_sizes.sides(length) if feature == 'images' else (length,)
+    if not all(isinstance(number, int) and number >= 1 for number in numbers):
       raise UserError(f'feature_lengths[{feature!r}] = {length!r} must be a positive whole number')
 
 
-def _hint(lengths: Mapping[str, int]) -> str:
+def _hint(lengths: examples.Lengths) -> str:
   kinds = _KINDS | {TOKEN_TASKS[-1]: ('inputs', 'targets')}
   fitting = [kind for kind, features in kinds.items() if set(features) == set(lengths)]
   return f"; a run that needs these has train.task = '{fitting[0]}'" if fitting else ''
@@ -221,7 +222,7 @@ def feature_names(name: str) -> tuple[str, ...]:
   return ('inputs', 'targets') if _is_tokens(name) else _KINDS[name.rpartition('_')[2]]
 
 
-def get(name: str, image_size: int = 64) -> Dataset:
+def get(name: str, image_size: image_sizes.ImageSize = 64) -> Dataset:
   """Returns the data of a task with gin's current configuration.
 
   Args:
@@ -262,8 +263,8 @@ def source_name(task_or_source: str | None = None) -> str:
 
 
 def pictures_and_captions(
-  task_or_source: str | None, split: str, size: int
-) -> Iterator[tuple[str, UInt8[np.ndarray, 'size size 3']]]:
+  task_or_source: str | None, split: str, size: image_sizes.ImageSize
+) -> Iterator[tuple[str, UInt8[np.ndarray, 'height width 3']]]:
   """Opens a split and yields its captions and pictures in order, once.
 
   Skips pictures that can't be decoded and examples without a caption; a warning at the end counts
@@ -272,7 +273,7 @@ def pictures_and_captions(
   Args:
     task_or_source: 'openmoji', 'folder_pairs', 'pairs' ...; None for the source that gin chooses.
     split: the split.
-    size: height and width in pixels.
+    size: height and width in pixels; one number for squares.
 
   Yields:
     (caption, picture).
@@ -289,9 +290,9 @@ def _usable(
   source: base.Source,
   split: str,
   found: Iterator[base.Example | Damaged],
-  size: int,
+  size: image_sizes.ImageSize,
   decode: examples.Decode,
-) -> Iterator[tuple[str, UInt8[np.ndarray, 'size size 3']]]:
+) -> Iterator[tuple[str, UInt8[np.ndarray, 'height width 3']]]:
   """Yields the usable examples of a split; implements `pictures_and_captions`."""
   skipped, shortened, count = tally.Tally(), tally.Tally(), 0
   for example in found:

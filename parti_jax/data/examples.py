@@ -19,21 +19,28 @@ from jaxtyping import Float64
 from jaxtyping import Int32
 from jaxtyping import UInt8
 
+from parti_jax.core import image_sizes
 from parti_jax.core.errors import UserError
 from parti_jax.data import captions
 from parti_jax.data import image_decoding
 from parti_jax.data import text_features as text_features_lib
 from parti_jax.data import text_tokenizer
 
-Decode = Callable[[bytes, int], tuple[UInt8[np.ndarray, 'size size 3'], list[str]]]
+Decode = Callable[
+  [bytes, image_sizes.ImageSize], tuple[UInt8[np.ndarray, 'height width 3'], list[str]]
+]
+
+
+# Of the features of a task: numbers of tokens, and the `image_sizes.ImageSize` of 'images'.
+Lengths = Mapping[str, Any]
 
 
 class Prepare(Protocol):
   """Prepares an example; `Preparation` describes the call."""
 
   @property
-  def image_size(self) -> int | None:
-    """Height and width of pictures in pixels; None without pictures."""
+  def image_size(self) -> image_sizes.ImageSize | None:
+    """Height and width of pictures in pixels, one number for squares; None without pictures."""
 
   def __call__(
     self, example: Mapping[str, Any], draw: float
@@ -117,7 +124,7 @@ class Preparation:
 
   Attributes:
     text_length: ids per caption; None without captions.
-    image_size: height and width of pictures in pixels; None without pictures.
+    image_size: height and width of pictures in pixels, one number for squares; None without pictures.
     image_tokens: tokens per picture; None without tokens.
     vocabulary: vocabulary of the captions; None without captions.
     decode: decodes pictures.
@@ -127,7 +134,7 @@ class Preparation:
   """
 
   text_length: int | None = None
-  image_size: int | None = None
+  image_size: image_sizes.ImageSize | None = None
   image_tokens: int | None = None
   vocabulary: text_tokenizer.TextTokenizer | None = None
   decode: Decode = image_decoding.decode_and_note
@@ -147,7 +154,7 @@ class Preparation:
 
     Returns:
       The requested features among 'encoder_input_tokens' int32 [text_length], 'images' uint8
-      [image_size, image_size, 3], 'decoder_target_tokens' int32 [image_tokens] and
+      [height, width, 3], 'decoder_target_tokens' int32 [image_tokens] and
       'decoder_loss_weights' float32 [image_tokens]; 'text_features' [text_length, width] with text
       features; and a short note for each change or cut.
 

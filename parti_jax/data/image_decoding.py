@@ -1,4 +1,4 @@
-"""Decodes pictures (jpeg, png, webp, gif) to square RGB arrays on white."""
+"""Decodes pictures (jpeg, png, webp, gif) to RGB arrays of one size, on white."""
 
 import contextlib
 import dataclasses
@@ -15,6 +15,7 @@ from PIL import Image
 from PIL import ImageFile
 from PIL import UnidentifiedImageError
 
+from parti_jax.core import image_sizes
 from parti_jax.core.errors import UserError
 from parti_jax.data import color_profiles
 from parti_jax.data import jpegs
@@ -39,15 +40,19 @@ _ORIENTATIONS = {
 }
 
 
-def decode(data: bytes, size: int, to_srgb: bool = True) -> UInt8[np.ndarray, 'size size 3']:
+def decode(
+  data: bytes, size: image_sizes.ImageSize, to_srgb: bool = True
+) -> UInt8[np.ndarray, 'height width 3']:
   """Decodes a picture, crops its central square and resizes it with antialiasing.
+
+  For a size that is no square, the crop is the largest area in the middle that has its shape.
 
   Transparent areas become white. The first frame of an animation is used. A readable EXIF
   orientation is applied. Only the upper 8 of 16 bits are used.
 
   Args:
     data: the encoded picture.
-    size: height and width of the result in pixels.
+    size: height and width of the result in pixels; one number for squares.
     to_srgb: whether colours are converted to sRGB if the file has a colour profile, by
       `color_profiles`. An unusable profile is ignored.
 
@@ -62,17 +67,20 @@ def decode(data: bytes, size: int, to_srgb: bool = True) -> UInt8[np.ndarray, 's
 
 
 def decode_and_note(
-  data: bytes, size: int, to_srgb: bool = True
-) -> tuple[UInt8[np.ndarray, 'size size 3'], list[str]]:
+  data: bytes, size: image_sizes.ImageSize, to_srgb: bool = True
+) -> tuple[UInt8[np.ndarray, 'height width 3'], list[str]]:
   """Decodes a picture like `decode`, and notes what it ignored.
 
   Returns:
     The picture, and a short note for each thing in the file that was ignored.
   """
   with _undecodable(data):
-    image, notes = _image(data, size, to_srgb, _central_square)
-    if image.size != (size, size):
-      image = image.resize((size, size), Image.Resampling.BICUBIC)
+    height, width = image_sizes.sides(size)
+    # Each side of the crop then has at least as many pixels as it needs.
+    sufficient = max(height, width)
+    image, notes = _image(data, sufficient, to_srgb, lambda whole: _central(whole, size))
+    if image.size != (width, height):
+      image = image.resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(image), notes
 
 
@@ -179,7 +187,9 @@ def _image(
 @gin.configurable('decode_images')
 def configured(
   to_srgb: bool = True,
-) -> Callable[[bytes, int], tuple[UInt8[np.ndarray, 'size size 3'], list[str]]]:
+) -> Callable[
+  [bytes, image_sizes.ImageSize], tuple[UInt8[np.ndarray, 'height width 3'], list[str]]
+]:
   """Returns `decode_and_note` with gin's configuration.
 
   Args:
@@ -246,13 +256,12 @@ def _color_space(mode: str) -> str:
   return 'GRAY' if mode in ('1', 'L', 'LA', 'La') or mode.startswith('I') else 'RGB'
 
 
-def _central_square(image: Image.Image) -> Image.Image:
-  side = min(image.size)
-  if image.size == (side, side):
+def _central(image: Image.Image, size: image_sizes.ImageSize) -> Image.Image:
+  area = image_sizes.central(image.width, image.height, size)
+  if area == (0, 0, *image.size):
     return image
-  left, top = (image.width - side) // 2, (image.height - side) // 2
   # `resize` can crop too, but lets pixels outside of the crop bleed in.
-  return image.crop((left, top, left + side, top + side))
+  return image.crop(area)
 
 
 def _plain(image: Image.Image) -> Image.Image:

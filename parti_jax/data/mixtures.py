@@ -26,6 +26,7 @@ import numpy as np
 from absl import logging
 
 from parti_jax.core import fingerprints
+from parti_jax.core import image_sizes
 from parti_jax.core.errors import UserError
 from parti_jax.core.fingerprints import Fingerprint
 from parti_jax.data import datasets
@@ -85,7 +86,7 @@ def naming(task: str) -> Iterator[None]:
     raise UserError(f'mixture.sources, {source_of(task)}: {error}') from error
 
 
-def vocabulary_sizes(task: str, image_size: int = 64) -> dict[str, int]:
+def vocabulary_sizes(task: str, image_size: image_sizes.ImageSize = 64) -> dict[str, int]:
   """Returns {feature: number of ids} of a task of `datasets`, a mixture or a seqio task."""
   if datasets.is_ours(task) or is_one(task):
     return get(task, image_size)[0].sizes
@@ -95,7 +96,9 @@ def vocabulary_sizes(task: str, image_size: int = 64) -> dict[str, int]:
   return {name: feature.vocabulary.vocab_size for name, feature in features.items()}
 
 
-def text_features(task: str, image_size: int = 64) -> text_features_lib.TextFeatures | None:
+def text_features(
+  task: str, image_size: image_sizes.ImageSize = 64
+) -> text_features_lib.TextFeatures | None:
   """Returns the text features of a task's examples; None without them.
 
   Raises:
@@ -106,7 +109,7 @@ def text_features(task: str, image_size: int = 64) -> text_features_lib.TextFeat
   return None
 
 
-def get(task: str, image_size: int = 64) -> list[datasets.Dataset]:
+def get(task: str, image_size: image_sizes.ImageSize = 64) -> list[datasets.Dataset]:
   """Returns the data of a task, or of all tasks of a mixture.
 
   Raises:
@@ -149,7 +152,7 @@ def _check_same(first: datasets.Dataset, other: datasets.Dataset) -> None:
 
 
 def opened(
-  task: str, split: str, lengths: Mapping[str, int], reading: share_lib.Reading, training: bool
+  task: str, split: str, lengths: examples.Lengths, reading: share_lib.Reading, training: bool
 ) -> share_lib.ShareExamples | Mixed:
   """Opens a share of a task or of a mixture.
 

@@ -8,6 +8,7 @@ The first preprocessor numbers the examples, because their random numbers depend
 
 import numpy as np
 
+from parti_jax.core import image_sizes
 from parti_jax.data import captions
 from parti_jax.data import examples
 from parti_jax.data import image_decoding
@@ -61,8 +62,9 @@ def leave_out(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 
 def decode_images(dataset: tf.data.Dataset, sequence_length) -> tf.data.Dataset:
-  """Replaces 'picture' by 'images', uint8 [size, size, 3] with size = sequence_length['images']."""
+  """Replaces 'picture' by 'images', uint8 [height, width, 3] of the size sequence_length['images']."""
   size = sequence_length['images']
+  shape = [*image_sizes.sides(size), 3]
   reading, decode_and_note = tally.current(), image_decoding.configured()
 
   def decode(data: bytes):
@@ -70,7 +72,7 @@ def decode_images(dataset: tf.data.Dataset, sequence_length) -> tf.data.Dataset:
       image, notes = decode_and_note(data, size)
     except image_decoding.UndecodablePicture as error:
       reading.skipped.add(str(error))
-      return np.zeros([size, size, 3], np.uint8), False
+      return np.zeros(shape, np.uint8), False
     for note in notes:
       reading.shortened.add(note)
     return image, True
@@ -78,7 +80,7 @@ def decode_images(dataset: tf.data.Dataset, sequence_length) -> tf.data.Dataset:
   def convert(example):
     picture = example.pop('picture')
     image, usable = tf.numpy_function(decode, [picture], [tf.uint8, tf.bool], stateful=False)
-    return {**example, 'images': tf.ensure_shape(image, [size, size, 3])}, usable
+    return {**example, 'images': tf.ensure_shape(image, shape)}, usable
 
   return _map_and_filter(dataset, convert)
 

@@ -49,7 +49,7 @@ class SeqioExamples:
     self,
     task: str,
     split: str,
-    feature_lengths: Mapping[str, int],
+    feature_lengths: examples.Lengths,
     seed: int,
     shuffle: bool,
     num_epochs: int | None,

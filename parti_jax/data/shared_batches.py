@@ -17,6 +17,7 @@ from absl import logging
 
 from parti_jax.core.errors import UserError
 from parti_jax.core.fingerprints import Fingerprint
+from parti_jax.data import examples
 from parti_jax.data import mixtures
 from parti_jax.data import share as share_lib
 from parti_jax.data.batches import Batches
@@ -110,7 +111,7 @@ class SharedBatches:
     task: str,
     split: str,
     batch_size: int,
-    feature_lengths: Mapping[str, int],
+    feature_lengths: examples.Lengths,
     shares: int | None = None,
     processes: int = 1,
     rows: Sequence[int] | None = None,
@@ -336,7 +337,7 @@ class ReadAhead:
 
 
 def read(
-  place: Place, task: str, split: str, feature_lengths: Mapping[str, int], seed: int
+  place: Place, task: str, split: str, feature_lengths: examples.Lengths, seed: int
 ) -> dict[str, np.ndarray]:
   """Reads the examples at a place.
 

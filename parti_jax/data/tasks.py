@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from parti_jax.core import fingerprints
+from parti_jax.core import image_sizes
 from parti_jax.core.errors import UserError
 from parti_jax.data import datasets
 from parti_jax.data import mixing
@@ -174,7 +175,7 @@ def caption_decoder(task: str) -> Callable[[Sequence[int]], str]:
   return get_task(task).output_features['inputs'].vocabulary.decode
 
 
-def get_task(name: str, image_size: int = 64) -> seqio.Task | seqio.Mixture:
+def get_task(name: str, image_size: image_sizes.ImageSize = 64) -> seqio.Task | seqio.Mixture:
   """Returns a task with gin's current configuration, and registers it with seqio.
 
   Tasks of `datasets` and `mixtures` are recreated at each call, since gin's configuration may have
@@ -209,7 +210,9 @@ def get_task(name: str, image_size: int = 64) -> seqio.Task | seqio.Mixture:
   return task
 
 
-def make_task(name: str, image_size: int = 64, keep_captions: bool = False) -> Task:
+def make_task(
+  name: str, image_size: image_sizes.ImageSize = 64, keep_captions: bool = False
+) -> Task:
   """Returns a task of `datasets` with gin's current configuration, without registering it.
 
   Args:

@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from parti_jax.core import image_sizes
 from parti_jax.data import captions
 from parti_jax.data import examples
 from parti_jax.data import image_decoding
 
-# 1: the central square. 2: also mirrored. 10: also LlamaGen's corner crops of an enlarged picture
+# 1: the central square, or area of the shape of the size. 2: also mirrored. 10: also LlamaGen's corner crops of an enlarged picture
 # (arXiv 2406.06525), each of the five also mirrored.
 COUNTS = (1, 2, 10)
-# Side of the enlarged picture, relative to that of a view.
+# Sides of the enlarged picture, relative to those of a view.
 _LARGER = 1.1
 
 
@@ -24,12 +25,12 @@ class Preparation:
   """Makes views of an example's picture, and cleans its caption.
 
   Attributes:
-    image_size: height and width of a view in pixels.
+    image_size: height and width of a view in pixels; one number for squares.
     count: one of `COUNTS`; the views of a smaller count are the first views of a larger one.
     decode: decodes pictures.
   """
 
-  image_size: int
+  image_size: image_sizes.ImageSize
   count: int = 1
   decode: examples.Decode = image_decoding.decode_and_note
 
@@ -41,23 +42,24 @@ class Preparation:
       draw: ignored, since the views aren't random.
 
     Returns:
-      'caption', a str that can hold several (see `captions.several`), and 'views', uint8 [count, image_size, image_size, 3]; and a short note for
-      each loss.
+      'caption', a str that can hold several (see `captions.several`), and 'views', uint8 [count, height,
+      width, 3]; and a short note for each loss.
 
     Raises:
       damage.Unusable: the example can't be used.
     """
     del draw
-    size = self.image_size
-    picture, notes = self.decode(example['picture'], size)
+    picture, notes = self.decode(example['picture'], self.image_size)
     caption, changes = _clean(example['caption'])
     found = [picture]
     if self.count == 10:
-      side = round(_LARGER * size)
-      larger = self.decode(example['picture'], side)[0]
-      end = side - size
+      height, width = image_sizes.sides(self.image_size)
+      size = image_sizes.of_sides(round(_LARGER * height), round(_LARGER * width))
+      larger = self.decode(example['picture'], size)[0]
       found += [
-        larger[top : top + size, left : left + size] for top in (0, end) for left in (0, end)
+        larger[top : top + height, left : left + width]
+        for top in (0, larger.shape[0] - height)
+        for left in (0, larger.shape[1] - width)
       ]
     if self.count > 1:
       found = [view for plain in found for view in (plain, plain[:, ::-1])]

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Int32
 from jaxtyping import UInt8
 
+from parti_jax.core import image_sizes
 from parti_jax.data import input_parts
 from parti_jax.data import share
 from parti_jax.data import tally
@@ -104,7 +105,7 @@ def _batches(
 ) -> Iterator[Batch]:
   """Yields the examples of a part; the last batch may be empty."""
   reading = share.Reading(preparation, shuffle=False, num_epochs=1, settings=settings)
-  side = preparation.image_size
+  shape = (preparation.count, *image_sizes.sides(preparation.image_size), 3)
   with contextlib.closing(share.open_stream(inputs.open(index), reading)) as stream:
     last = False
     while not last:
@@ -123,7 +124,7 @@ def _batches(
       pictures = (
         np.stack([features['views'] for features in found])
         if found
-        else (np.zeros((0, preparation.count, side, side, 3), np.uint8))
+        else np.zeros((0, *shape), np.uint8)
       )
       yield Batch(index, [features['caption'] for features in found], pictures, tallies, last)
 

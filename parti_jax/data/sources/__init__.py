@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import gin
 
+from parti_jax.core import image_sizes
 from parti_jax.core.errors import UserError
 from parti_jax.data.sources import base
 from parti_jax.data.sources import classes
@@ -60,15 +61,16 @@ def kind(name: str) -> str | None:
   return next((known for known in _SOURCES if name == known or name.startswith(f'{known}_')), None)
 
 
-def configured(name: str, image_size: int = 64) -> base.Source:
+def configured(name: str, image_size: image_sizes.ImageSize = 64) -> base.Source:
   """Returns the source of this name with gin's current configuration.
 
   Args:
     name: one of `NAMES`, optionally with a suffix.
-    image_size: the size at which OpenMoji and its scenes are rendered unless gin sets one.
+    image_size: the size at which OpenMoji and its scenes are rendered unless gin sets one, which it
+      must if the size is no square.
 
   Raises:
-    UserError: the source is unknown, or its path isn't set.
+    UserError: the source is unknown, its path isn't set, or it can't be rendered at the size.
   """
   found = kind(name)
   if found is None:

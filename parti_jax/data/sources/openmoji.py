@@ -11,6 +11,7 @@ from typing import Any
 import gin
 
 from parti_jax.core import checks
+from parti_jax.core import image_sizes
 from parti_jax.core.errors import UserError
 from parti_jax.data import captions as captions_lib
 from parti_jax.data import openmoji
@@ -154,13 +155,14 @@ def configured(
   captions: int = 1,
   languages: tuple[str, ...] = (openmoji_names.ENGLISH,),
   requests: float = 0.0,
-  image_size: int = 64,
+  image_size: image_sizes.ImageSize = 64,
 ) -> OpenMojiSource:
   """Returns OpenMoji as a source.
 
   Args:
     size: height and width in pixels at which the pictures are rendered; None for the run's size,
-      which avoids resizing.
+      which avoids resizing. With a run's size that is no square, it must be given, and the pictures
+      are cropped.
     data_dir: folder of the rendered pictures; None for the default of tensorflow-datasets.
     captions: captions of each picture, of which an epoch uses one. 1 gives only its name and skin
       tones; more add phrasings, other names and `languages`.
@@ -180,4 +182,6 @@ def configured(
     )
   if captions > 1:
     openmoji_names.check_languages(languages)
-  return OpenMojiSource(size or image_size, data_dir, captions, languages, requests)
+  way_out = 'set openmoji.size to render squares and crop them, or choose another source'
+  rendered = size or image_sizes.square(image_size, 'openmoji has', way_out)
+  return OpenMojiSource(rendered, data_dir, captions, languages, requests)

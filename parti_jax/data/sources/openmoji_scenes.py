@@ -9,6 +9,7 @@ from typing import Any
 import gin
 
 from parti_jax.core import checks
+from parti_jax.core import image_sizes
 from parti_jax.data import captions
 from parti_jax.data import openmoji_grammar
 from parti_jax.data import openmoji_scenes
@@ -104,13 +105,14 @@ def configured(
   seed: int = 0,
   of_seen_names: bool = False,
   data_dir: str | None = None,
-  image_size: int = 64,
+  image_size: image_sizes.ImageSize = 64,
 ) -> OpenMojiScenesSource:
   """Returns the scenes as a source.
 
   Args:
     size: height and width in pixels at which the scenes are rendered; None for the run's size,
-      which avoids resizing.
+      which avoids resizing. With a run's size that is no square, it must be given, and the pictures
+      are cropped.
     train_size: number of training scenes.
     captions: captions of each scene, of which an epoch uses one.
     seed: seed of the scenes.
@@ -120,4 +122,6 @@ def configured(
     image_size: the run's picture size, given by the caller.
   """
   settings = openmoji_scenes.Settings(train_size, captions, seed, of_seen_names)
-  return OpenMojiScenesSource(settings, size or image_size, data_dir)
+  way_out = 'set openmoji_scenes.size to render squares and crop them, or choose another source'
+  rendered = size or image_sizes.square(image_size, 'openmoji_scenes has', way_out)
+  return OpenMojiScenesSource(settings, rendered, data_dir)
