@@ -124,12 +124,12 @@ class Objective(abc.ABC):
   # The data.
 
   @abc.abstractmethod
-  def feature_lengths(self) -> dict[str, int]:
+  def feature_lengths(self) -> dict[str, Any]:
     """Returns the lengths of the task's features.
 
     Returns:
       {feature: length}, with exactly the features of the task: the number of tokens of 'inputs' and
-      'targets', and the height and width of 'images' in pixels.
+      'targets', and the `image_sizes.ImageSize` of 'images'.
     """
 
   def vocabulary_sizes(self) -> dict[str, tuple[str, int]]:

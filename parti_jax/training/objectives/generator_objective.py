@@ -188,7 +188,7 @@ class GeneratorObjective(base.Objective):
         f'is {ours}; {_OTHER_ENCODER}'
       )
 
-  def feature_lengths(self) -> dict[str, int]:
+  def feature_lengths(self) -> dict[str, Any]:
     return {'inputs': self.model.text_length, 'targets': self.model.image_length}
 
   def vocabulary_sizes(self) -> dict[str, tuple[str, int]]:

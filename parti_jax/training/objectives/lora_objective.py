@@ -149,7 +149,7 @@ class LoraObjective(base_lib.Objective):
 
   # The data.
 
-  def feature_lengths(self) -> dict[str, int]:
+  def feature_lengths(self) -> dict[str, Any]:
     return self.objective.feature_lengths()
 
   def vocabulary_sizes(self) -> dict[str, tuple[str, int]]:

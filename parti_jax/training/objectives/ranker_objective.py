@@ -18,6 +18,7 @@ from jaxtyping import PRNGKeyArray
 from jaxtyping import UInt8
 
 from parti_jax.core import errors
+from parti_jax.core import image_sizes
 from parti_jax.models import coca
 from parti_jax.models import config_checks
 from parti_jax.models import contrastive
@@ -114,17 +115,17 @@ class RankerObjective(base.Objective):
     reconstructed = ('choice of images that go through the tokenizer',) if self.tokenizer else ()
     return ('negatives in the contrastive loss', *reconstructed)
 
-  def feature_lengths(self) -> dict[str, int]:
+  def feature_lengths(self) -> dict[str, Any]:
     return {'inputs': self.model.text_length, 'images': self.model.image_size}
 
   def vocabulary_sizes(self) -> dict[str, tuple[str, int]]:
     return {'inputs': ('CoCaConfig.text_vocabulary', self.model.text_vocabulary)}
 
   def abstract_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    size = self.model.image_size
+    shape = (batch_size, *image_sizes.sides(self.model.image_size), 3)
     return {
       'encoder_input_tokens': jax.ShapeDtypeStruct((batch_size, self.model.text_length), jnp.int32),
-      'images': jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8),
+      'images': jax.ShapeDtypeStruct(shape, jnp.uint8),
     }
 
   def init(self, rng: PRNGKeyArray) -> base.Params:
@@ -272,7 +273,7 @@ class RankerObjective(base.Objective):
     size = self.tokenizer_config.image_size
     if size != self.model.image_size:
       raise errors.UserError(
-        f'RankerObjective.tokenizer={self.tokenizer!r} has images of {size} pixels, but '
+        f'RankerObjective.tokenizer={self.tokenizer!r} has images of {image_sizes.text(size)} pixels, but '
         f'CoCaConfig.image_size={self.model.image_size}'
       )
     return self.tokenizer_config

@@ -18,6 +18,7 @@ from jaxtyping import PRNGKeyArray
 from jaxtyping import UInt8
 
 from parti_jax.core import errors
+from parti_jax.core import image_sizes
 from parti_jax.models import config_checks
 from parti_jax.models import discriminator as discriminator_lib
 from parti_jax.models import flops
@@ -45,7 +46,7 @@ class SuperResolutionObjective(base.Objective):
 
   Attributes:
     model: config of the network, of a kind in `upscalers.KINDS`.
-    image_size: height and width of the targets, in pixels.
+    image_size: height and width of the targets, in pixels; one number for squares.
     tokenizer: model_dir of the image tokenizer's run, for images of the inputs' size; None to train
       on averaged images only. Until it is trained, plans use gin's
       TokenizerObjective.model.
@@ -69,7 +70,7 @@ class SuperResolutionObjective(base.Objective):
   """
 
   model: upscalers.TrainableConfig
-  image_size: int
+  image_size: image_sizes.ImageSize
   tokenizer: str | None = None
   clean_share: float = 0.0
   crop: int | None = None
@@ -107,16 +108,18 @@ class SuperResolutionObjective(base.Objective):
     except errors.UserError as error:
       raise errors.UserError(f'SuperResolutionObjective.model: {error}') from error
     kind, factor, multiple = type(self.model).__name__, self.model.factor, self.model.multiple
-    if self.image_size % (factor * multiple):
+    sides = image_sizes.sides(self.image_size)
+    if any(side % (factor * multiple) for side in sides):
       raise errors.UserError(
         f'SuperResolutionObjective.image_size={self.image_size} is not divisible by '
         f'{factor * multiple}: this {kind} enlarges inputs whose sides are multiples of {multiple} '
         f'by {factor}'
       )
-    if self.crop is not None and (self.crop % multiple or not 0 < self.crop <= self.input_size):
+    most = min(sides) // factor
+    if self.crop is not None and (self.crop % multiple or not 0 < self.crop <= most):
       raise errors.UserError(
         f'SuperResolutionObjective.crop={self.crop} must be a multiple of {multiple}, as this '
-        f'{kind} needs, and at most {self.input_size}'
+        f'{kind} needs, and at most {most}'
       )
     if self.r1_every < 1:
       raise errors.UserError(
@@ -132,24 +135,25 @@ class SuperResolutionObjective(base.Objective):
         ) from error
 
   @property
-  def input_size(self) -> int:
-    """Height and width of the inputs, in pixels."""
-    return self.image_size // self.model.factor
+  def input_size(self) -> image_sizes.ImageSize:
+    """Height and width of the inputs, in pixels; one number for squares."""
+    height, width = image_sizes.sides(self.image_size)
+    return image_sizes.of_sides(height // self.model.factor, width // self.model.factor)
 
   @property
-  def _target_size(self) -> int:
+  def _target_size(self) -> image_sizes.ImageSize:
     """Height and width of the images that the losses compare, in pixels."""
-    return self.model.factor * (self.crop or self.input_size)
+    return self.image_size if self.crop is None else self.model.factor * self.crop
 
   @property
   def batch_dependent_terms(self) -> tuple[str, ...]:
     return adversarial.batch_dependent_terms(self.discriminator) if self.adversarial_weight else ()
 
-  def feature_lengths(self) -> dict[str, int]:
+  def feature_lengths(self) -> dict[str, Any]:
     return {'images': self.image_size}
 
   def abstract_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    shape = (batch_size, self.image_size, self.image_size, 3)
+    shape = (batch_size, *image_sizes.sides(self.image_size), 3)
     return {'images': jax.ShapeDtypeStruct(shape, jnp.uint8)}
 
   def init(self, rng: PRNGKeyArray) -> base.Params:
@@ -158,7 +162,7 @@ class SuperResolutionObjective(base.Objective):
     params = module.init(rng, *upscalers.example_inputs(self.model))['params']
     if self.adversarial_weight:
       judge = discriminator_lib.Discriminator(self.discriminator)
-      images = jnp.zeros((1, self._target_size, self._target_size, 3), jnp.float32)
+      images = jnp.zeros((1, *image_sizes.sides(self._target_size), 3), jnp.float32)
       params = params | {'discriminator': judge.init(jax.random.fold_in(rng, 1), images)['params']}
     return params
 
@@ -203,7 +207,7 @@ class SuperResolutionObjective(base.Objective):
 
     Args:
       params: the unboxed parameters, and `constants`.
-      batch: 'images' uint8 [batch, image_size, image_size, 3].
+      batch: 'images' uint8 [batch, height, width, 3] of `image_size`.
       dropout_keys: keys of the examples, for crops and for the choice of clean inputs.
       step: number of steps done before this one.
 
@@ -292,7 +296,7 @@ class SuperResolutionObjective(base.Objective):
 
     Returns:
       A function of the parameters, a batch and `constants`, which returns
-      {'enlarged': images [batch, image_size, 3 · image_size, 3]}; and `constants`.
+      {'enlarged': images [batch, height, 3 · width, 3]}; and `constants`.
     """
 
     def draw(
@@ -313,8 +317,8 @@ class SuperResolutionObjective(base.Objective):
 
   def step_flops(self, batch_size: int) -> int:
     """Returns a step's model FLOPs, without those of the tokenizer and of the R1 penalty."""
-    side, size = self.crop or self.input_size, self._target_size
-    total = 3 * upscalers.forward_flops(self.model)(self.model, side, side)
+    inputs, size = image_sizes.sides(self.crop or self.input_size), self._target_size
+    total = 3 * upscalers.forward_flops(self.model)(self.model, *inputs)
     if self.perceptual_weight:
       total += tokenizer_objective.PERCEPTUAL_PASSES * flops.vgg16_forward(size)
     if self.adversarial_weight:
@@ -338,7 +342,7 @@ class SuperResolutionObjective(base.Objective):
     if size != self.input_size:
       raise errors.UserError(
         f'SuperResolutionObjective.image_size={self.image_size} is not '
-        f'{type(self.model).__name__}.factor={self.model.factor} times the {size} pixels of the '
+        f'{type(self.model).__name__}.factor={self.model.factor} times the {image_sizes.text(size)} pixels of the '
         f'tokenizer in {self.tokenizer}'
       )
     return self.tokenizer_config
@@ -363,7 +367,7 @@ class SuperResolutionObjective(base.Objective):
     """Cuts the same random square out of an input and of its target."""
     assert self.crop is not None
     unit, factor, crop = self.model.multiple, self.model.factor, self.crop
-    places = (self.input_size - crop) // unit + 1
+    places = jnp.array([(side - crop) // unit + 1 for side in image.shape[:2]])
     corner = unit * jax.random.randint(jax.random.fold_in(key, 1), (2,), 0, places)
     cut = lambda array, times: jax.lax.dynamic_slice(
       array, (times * corner[0], times * corner[1], 0), (times * crop, times * crop, 3)

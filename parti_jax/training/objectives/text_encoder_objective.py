@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,7 @@ from jaxtyping import Int
 from jaxtyping import PRNGKeyArray
 
 from parti_jax.core import errors
+from parti_jax.core import image_sizes
 from parti_jax.core import fingerprints
 from parti_jax.models import coca
 from parti_jax.models import config_checks
@@ -89,8 +91,8 @@ class TextEncoderObjective(base.Objective):
     masked = ('mean over masked pieces',) if self.masked_weight else ()
     return ('negatives in the contrastive loss', *masked)
 
-  def feature_lengths(self) -> dict[str, int]:
-    lengths = {'inputs': self.model.text_length}
+  def feature_lengths(self) -> dict[str, Any]:
+    lengths: dict[str, Any] = {'inputs': self.model.text_length}
     return lengths | ({'images': self._image.image_size} if self.contrastive_weight else {})
 
   def vocabulary_sizes(self) -> dict[str, tuple[str, int]]:
@@ -101,7 +103,7 @@ class TextEncoderObjective(base.Objective):
       'encoder_input_tokens': jax.ShapeDtypeStruct((batch_size, self.model.text_length), jnp.int32)
     }
     if self.contrastive_weight:
-      shape = (batch_size, self._image.image_size, self._image.image_size, 3)
+      shape = (batch_size, *image_sizes.sides(self._image.image_size), 3)
       batch['images'] = jax.ShapeDtypeStruct(shape, jnp.uint8)
     return batch
 
@@ -218,7 +220,7 @@ class TextEncoderObjective(base.Objective):
       total += text + flops.encoder_forward(
         image.image_layers, image.width, image.mlp_width, image.patches
       )
-      total += 2 * 3 * image.image_size**2 * image.width
+      total += 2 * 3 * math.prod(image_sizes.sides(image.image_size)) * image.width
     return 3 * batch_size * total
 
   @property

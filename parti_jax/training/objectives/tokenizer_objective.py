@@ -22,6 +22,7 @@ from jaxtyping import UInt8
 
 from parti_jax.checkpoints import run_checkpoints
 from parti_jax.core import errors
+from parti_jax.core import image_sizes
 from parti_jax.core import fingerprints
 from parti_jax.models import config_checks
 from parti_jax.models import discriminator as discriminator_lib
@@ -186,7 +187,8 @@ class TokenizerObjective(base.Objective):
       raise errors.UserError(f'TokenizerObjective.r1_every={self.r1_every} must be at least 1')
     if not 0 <= self.ema < 1:
       raise errors.UserError(f'TokenizerObjective.ema={self.ema} must be at least 0 and below 1')
-    if self.perceptual_weight and self.model.image_size < lpips.LEAST_SIZE:
+    shorter = min(image_sizes.sides(self.model.image_size))
+    if self.perceptual_weight and shorter < lpips.LEAST_SIZE:
       raise errors.UserError(
         f'TokenizerObjective.perceptual_weight: LPIPS needs images of at least '
         f'{lpips.LEAST_SIZE} pixels; '
@@ -226,11 +228,11 @@ class TokenizerObjective(base.Objective):
     weight = ('adaptive weight of the adversarial loss',) if self.adversarial_adaptive else ()
     return (*own, *adversarial.batch_dependent_terms(self.discriminator), *weight)
 
-  def feature_lengths(self) -> dict[str, int]:
+  def feature_lengths(self) -> dict[str, Any]:
     return {'images': self.model.image_size}
 
   def abstract_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    shape = (batch_size, self.model.image_size, self.model.image_size, 3)
+    shape = (batch_size, *image_sizes.sides(self.model.image_size), 3)
     return {'images': jax.ShapeDtypeStruct(shape, jnp.uint8)}
 
   def init(self, rng: PRNGKeyArray) -> base.Params:
