@@ -16,6 +16,7 @@ from jaxtyping import Int32
 from jaxtyping import PyTree
 from jaxtyping import UInt8
 
+from parti_jax.core import image_sizes
 from parti_jax.core import numerics
 from parti_jax.core.errors import UserError
 from parti_jax.models import image_tokenizers
@@ -53,8 +54,8 @@ class Detokenizer:
     self, tokens: Int32[np.ndarray, 'images image_length']
   ) -> UInt8[np.ndarray, 'images height width 3']:
     """Decodes the tokens of pictures; `checked` makes sure that the codebook has each token."""
-    size = self.config.image_size
-    images = np.empty([len(tokens), size, size, 3], np.uint8)
+    shape = len(tokens), *image_sizes.sides(self.config.image_size), 3
+    images = np.empty(shape, np.uint8)
     for start, chosen in placement.pieces(len(tokens), min(_BATCH, max(len(tokens), 1))):
       part = jax.device_put(tokens[chosen], self._device)
       decoded = np.asarray(_pictures(self._params, part, tokenizer=self._module))

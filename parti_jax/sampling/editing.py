@@ -25,6 +25,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from parti_jax.core import checks
+from parti_jax.core import image_sizes
 from parti_jax.core import numerics
 from parti_jax.core.errors import UserError
 from parti_jax.exported_model import sampling_settings
@@ -104,7 +105,12 @@ def after_hole(kept: Bool[np.ndarray, '*pictures length']) -> Bool[np.ndarray, '
 
 
 def edit(
-  image: Any, mask: Any, keep: Any, vary: Any, size: int, grid: tuple[int, int]
+  image: Any,
+  mask: Any,
+  keep: Any,
+  vary: Any,
+  size: image_sizes.ImageSize,
+  grid: tuple[int, int],
 ) -> Edit | None:
   """Reads and checks the arguments of an edit.
 
@@ -113,7 +119,7 @@ def edit(
     mask: the mask.
     keep: the side and the share to keep.
     vary: the share to draw anew.
-    size: height and width of the model's pictures, in pixels.
+    size: height and width of the model's pictures, in pixels; one number for squares.
     grid: rows and columns of image tokens.
 
   Returns:
@@ -141,7 +147,7 @@ def edit(
     how, kept = f'vary={checks.number_text(vary)}', None
   picture, full_size, name = _picture(image, size)
   if mask is not None:
-    how, kept = 'mask', _outside(mask, full_size, grid)
+    how, kept = 'mask', _outside(mask, full_size, size, grid)
   return Edit(picture, how, name, kept, vary)
 
 
@@ -163,12 +169,14 @@ def check_settings(settings: sampling_settings.SamplingSettings, what: str) -> N
     )
 
 
-def pictures(images: Any, size: int) -> UInt8[np.ndarray, 'images size size 3']:
+def pictures(
+  images: Any, size: image_sizes.ImageSize
+) -> UInt8[np.ndarray, 'images height width 3']:
   """Returns one picture or several, in the forms of `image` of `TextToImage.generate`.
 
   Args:
     images: a picture; a list of them; or uint8 [images, height, width, 3].
-    size: height and width of the result, in pixels.
+    size: height and width of the result, in pixels; one number for squares.
 
   Raises:
     UserError: if there is none, or one can't be read.
@@ -209,13 +217,13 @@ def _kept_side(keep: Any, grid: tuple[int, int]) -> tuple[str, Bool[np.ndarray, 
 
 
 def _picture(
-  image: Any, size: int
-) -> tuple[UInt8[np.ndarray, 'size size 3'], tuple[int, int], str | None]:
-  """Returns a picture's central square of a size, the whole picture's size, and its file's name.
+  image: Any, size: image_sizes.ImageSize
+) -> tuple[UInt8[np.ndarray, 'height width 3'], tuple[int, int], str | None]:
+  """Returns a picture's central area in a size, the whole picture's size, and its file's name.
 
   Args:
     image: a path, a PIL image, or uint8 [height, width, 3].
-    size: height and width of the square, in pixels.
+    size: height and width of the result, in pixels; one number for squares.
   """
   name = None
   if isinstance(image, (str, os.PathLike)):
@@ -237,20 +245,22 @@ def _picture(
         'uint8 [height, width, 3]'
       )
     whole = Image.fromarray(array)
-  square = whole.crop(_central(whole.size))
-  if square.size != (size, size):
-    square = square.resize((size, size), Image.Resampling.BICUBIC)
-  return np.asarray(square), whole.size, name
+  height, width = image_sizes.sides(size)
+  central = whole.crop(image_sizes.central(*whole.size, size))
+  if central.size != (width, height):
+    central = central.resize((width, height), Image.Resampling.BICUBIC)
+  return np.asarray(central), whole.size, name
 
 
 def _outside(
-  mask: Any, size: tuple[int, int], grid: tuple[int, int]
+  mask: Any, full_size: tuple[int, int], size: image_sizes.ImageSize, grid: tuple[int, int]
 ) -> Bool[np.ndarray, 'rows columns']:
   """Returns which tokens lie outside a mask entirely.
 
   Args:
     mask: a path, a PIL image, or bool or uint8 [height, width].
-    size: width and height of the picture that it belongs to.
+    full_size: width and height of the picture that it belongs to.
+    size: height and width of the model's pictures, in pixels; one number for squares.
     grid: rows and columns of image tokens.
   """
   if isinstance(mask, (str, os.PathLike)):
@@ -265,12 +275,12 @@ def _outside(
         'or uint8 [height, width]'
       )
     inside = array if array.dtype == np.bool_ else array >= _IN_MASK
-  if inside.shape != size[::-1]:
+  if inside.shape != full_size[::-1]:
     raise UserError(
-      f'the mask has {inside.shape[1]}×{inside.shape[0]} pixels, and the picture {size[0]}×{size[1]}; '
-      'they must have the same size'
+      f'the mask has {inside.shape[1]}×{inside.shape[0]} pixels, and the picture '
+      f'{full_size[0]}×{full_size[1]}; they must have the same size'
     )
-  left, top, right, bottom = _central(size)
+  left, top, right, bottom = image_sizes.central(*full_size, size)
   inside = inside[top:bottom, left:right]
   rows, columns = (
     [slice(side * at // count, -(-side * (at + 1) // count)) for at in range(count)]
@@ -279,8 +289,8 @@ def _outside(
   kept = ~np.array([[inside[row, column].any() for column in columns] for row in rows])
   if kept.all():
     raise UserError(
-      "the mask marks nothing of the picture's central square; white, or transparent, is what is drawn "
-      'anew'
+      f"the mask marks nothing of the picture's central {'area' if isinstance(size, tuple) else 'square'}"
+      '; white, or transparent, is what is drawn anew'
     )
   return kept
 
@@ -301,13 +311,6 @@ def _marked(mask: Image.Image) -> Bool[np.ndarray, 'height width']:
       return alpha < _IN_MASK
     mask = mask.convert('RGB')
   return np.asarray(mask.convert('L')) >= _IN_MASK
-
-
-def _central(size: tuple[int, int]) -> tuple[int, int, int, int]:
-  """Returns left, top, right and bottom of the central square of a picture's width and height."""
-  side = min(size)
-  left, top = (size[0] - side) // 2, (size[1] - side) // 2
-  return left, top, left + side, top + side
 
 
 def _decoded(name: str, path: Any, decode: Any) -> Any:

@@ -26,6 +26,7 @@ from PIL import PngImagePlugin
 
 import parti_jax
 from parti_jax.core import checks
+from parti_jax.core import image_sizes
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
 
@@ -50,12 +51,12 @@ _INVISIBLE = re.compile(
 _RESERVED = re.compile('con|prn|aux|nul|com[0-9]|lpt[0-9]')
 
 
-def checked(images, size: int | None = None) -> np.ndarray:
+def checked(images, size: image_sizes.ImageSize | None = None) -> np.ndarray:
   """Checks pictures.
 
   Args:
     images: uint8 [images, height, width, 3], as an array or what NumPy can convert to one.
-    size: required height and width; None for any.
+    size: required height and width, one number for squares; None for any.
 
   Returns:
     The array.
@@ -67,7 +68,7 @@ def checked(images, size: int | None = None) -> np.ndarray:
     array = np.asarray(images)
   except ValueError:  # Lists of different lengths.
     raise UserError(f'images={checks.shown(images)} have different sizes') from None
-  sides = ('height', 'width') if size is None else (size, size)
+  sides = ('height', 'width') if size is None else image_sizes.sides(size)
   right = array.dtype == np.uint8 and array.ndim == 4 and array.shape[3] == 3
   if not right or (size is not None and array.shape[1:3] != sides):
     raise UserError(

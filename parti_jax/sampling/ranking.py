@@ -26,6 +26,7 @@ from jaxtyping import PyTree
 from jaxtyping import UInt8
 
 from parti_jax.core import checks
+from parti_jax.core import image_sizes
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
 from parti_jax.data import text_tokenizer
@@ -124,7 +125,8 @@ class Ranker:
         'the ranker has no preprocessing for pictures of different sizes; use one that '
         '`parti-jax import ranker` wrote'
       )
-    return preprocessing_lib.preprocess(pictures, self.config.image_size, self.preprocessing)
+    size = image_sizes.square(self.config.image_size, 'a ranker with preprocessing takes')
+    return preprocessing_lib.preprocess(pictures, size, self.preprocessing)
 
   def features_of_squares(
     self, squares: Float32[np.ndarray, 'pictures size size 3']
@@ -300,10 +302,10 @@ def _features_of_bytes(
   params: PyTree, images: UInt8[Array, 'batch height width 3'], *, module: nn.Module
 ) -> Float32[Array, 'batch feature_dim']:
   """Embeds pictures that are stretched to the ranker's size."""
-  size = module.config.image_size
+  sides = image_sizes.sides(module.config.image_size)
   pixels = pixels_lib.from_bytes(images)
-  if pixels.shape[1:3] != (size, size):
-    pixels = jax.image.resize(pixels, (len(pixels), size, size, 3), 'linear')
+  if pixels.shape[1:3] != sides:
+    pixels = jax.image.resize(pixels, (len(pixels), *sides, 3), 'linear')
   return _image_features(params, pixels, module)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 import pathlib
 import warnings
@@ -21,6 +22,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from parti_jax.core import checks
+from parti_jax.core import image_sizes
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
 from parti_jax.data import text_tokenizer
@@ -377,8 +379,8 @@ class TextToImage:
     return part and upscaling.Upscaler(part.config, part.params, self.place)
 
   @property
-  def image_size(self) -> int:
-    """Height and width of the pictures, in pixels."""
+  def image_size(self) -> image_sizes.ImageSize:
+    """Height and width of the pictures, in pixels; one number for squares."""
     return self.tokenizer.config.image_size
 
   @property
@@ -432,9 +434,10 @@ class TextToImage:
         are sampled with the same noise, even if their prompts differ. To sample one picture for
         each of many prompts independently, use different indices.
       image: a picture to edit: the path of a file, a PIL image, or uint8 [height, width, 3]. Its
-        central square is resized to the model's size. It goes with one of the next three, which say
-        which of its image tokens are kept; the others are sampled. What is kept is the tokens, so
-        pixels next to new tokens may change where the tokenizer's decoder sees both.
+        central square, or largest area in the middle with the shape of the model's pictures, is
+        resized to their size. It goes with one of the next three, which say which of its image tokens
+        are kept; the others are sampled. What is kept is the tokens, so pixels next to new tokens may
+        change where the tokenizer's decoder sees both.
       mask: what to sample anew: the path of a file or a PIL image, in which it is transparent, or
         white if nothing is transparent; or bool, or uint8 from 128 on, [height, width]. It has the
         size of `image`. A token is kept if its whole patch lies outside.
@@ -938,12 +941,13 @@ class TextToImage:
     Int32[np.ndarray, '{total} image_length'], UInt8[np.ndarray, '{total} height width 3']
   ]:
     """Returns uninitialised arrays for the tokens and pixels of pictures."""
-    length, size = self.config.image_length, self.image_size
-    return np.empty([total, length], np.int32), np.empty([total, size, size, 3], np.uint8)
+    shape = total, *image_sizes.sides(self.image_size), 3
+    return np.empty([total, self.config.image_length], np.int32), np.empty(shape, np.uint8)
 
   def _check_room(self, total: int) -> None:
     """Raises UserError if so many pictures don't fit into memory."""
-    if total * (4 * self.config.image_length + 3 * self.image_size**2) > _memory():
+    pixels = math.prod(image_sizes.sides(self.image_size))
+    if total * (4 * self.config.image_length + 3 * pixels) > _memory():
       raise UserError(
         f'{total:,} pictures do not fit into memory; choose a smaller num_images, or fewer '
         'prompts at once'
