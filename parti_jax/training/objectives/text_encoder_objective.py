@@ -17,8 +17,8 @@ from jaxtyping import Int
 from jaxtyping import PRNGKeyArray
 
 from parti_jax.core import errors
-from parti_jax.core import image_sizes
 from parti_jax.core import fingerprints
+from parti_jax.core import image_sizes
 from parti_jax.models import coca
 from parti_jax.models import config_checks
 from parti_jax.models import contrastive

@@ -22,8 +22,8 @@ from jaxtyping import UInt8
 
 from parti_jax.checkpoints import run_checkpoints
 from parti_jax.core import errors
-from parti_jax.core import image_sizes
 from parti_jax.core import fingerprints
+from parti_jax.core import image_sizes
 from parti_jax.models import config_checks
 from parti_jax.models import discriminator as discriminator_lib
 from parti_jax.models import flops
