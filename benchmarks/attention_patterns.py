@@ -26,8 +26,8 @@ from PIL import ImageDraw
 
 from parti_jax.models import parti
 from parti_jax.models import parti_config
-from parti_jax.models.nn import attention
 from parti_jax.models.nn import attention_patterns
+from parti_jax.models.nn import dot_product_attention
 from parti_jax.models.nn import layers
 from parti_jax.sampling import decoding
 from parti_jax.sampling import parameters
@@ -83,7 +83,9 @@ def scores(config) -> int:
 
   total, inputs = 0, [jax.ShapeDtypeStruct((1, config.image_length, 1, HEAD_DIM), jnp.float32)] * 3
   for layer in range(config.decoder_layers):
-    form = functools.partial(attention.attend_in_pattern, pattern=config.layer_pattern(layer))
+    form = functools.partial(
+      dot_product_attention.attend_in_pattern, pattern=config.layer_pattern(layer)
+    )
     total += sum(exponentiated(jax.make_jaxpr(form)(*inputs).jaxpr))
   return total
 

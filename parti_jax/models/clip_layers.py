@@ -19,7 +19,7 @@ from jaxtyping import Int
 from parti_jax.core.errors import UserError
 from parti_jax.models import config_checks
 from parti_jax.models import vit_vqgan
-from parti_jax.models.nn import attention
+from parti_jax.models.nn import dot_product_attention
 from parti_jax.models.nn import layer_stack
 from parti_jax.models.nn import layers
 
@@ -117,7 +117,9 @@ class Attention(nn.Module):
   ) -> Float[Array, 'batch queries embed']:
     """Attends from each position of `x` to all of `other`, or if `causal` to those up to it."""
     mask = jnp.tril(jnp.ones((x.shape[1], other.shape[1]), bool)) if causal else None
-    return self.out(attention.attend(self.query(x), self.key(other), self.value(other), mask))
+    return self.out(
+      dot_product_attention.attend(self.query(x), self.key(other), self.value(other), mask)
+    )
 
 
 class MLP(nn.Module):

@@ -19,7 +19,7 @@ from jaxtyping import Int
 from parti_jax.core import checks
 from parti_jax.core import errors
 from parti_jax.models import config_checks
-from parti_jax.models.nn import attention
+from parti_jax.models.nn import dot_product_attention
 from parti_jax.models.nn import layer_stack
 from parti_jax.models.nn import layers
 
@@ -316,7 +316,7 @@ class T5Encoder(nn.Module):
     x = pieces.astype(self.config.compute_dtype)
     x = self.drop(x, layers.fold(dropout_keys, _IN_EMBEDDING))
     keys = layers.fold(dropout_keys, _IN_LAYERS)
-    x = self.encoder(x, attention.text_mask(text_tokens), keys)
+    x = self.encoder(x, dot_product_attention.text_mask(text_tokens), keys)
     return self.drop(x, layers.fold(dropout_keys, _IN_OUTPUT))
 
 

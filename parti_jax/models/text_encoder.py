@@ -10,7 +10,7 @@ from jaxtyping import Float
 from jaxtyping import Int
 
 from parti_jax.models import parti_config
-from parti_jax.models.nn import attention
+from parti_jax.models.nn import dot_product_attention
 from parti_jax.models.nn import layers
 from parti_jax.models.nn import transformer
 
@@ -63,7 +63,9 @@ class TextEncoder(nn.Module):
       pieces = jnp.where(hidden[..., None], vector, pieces)
     x = pieces + self.position_embedding(jnp.arange(text_tokens.shape[1]))
     x = self.drop(x.astype(self.config.compute_dtype), layers.fold(dropout_keys, 0))
-    return self.encoder(x, attention.text_mask(text_tokens), layers.fold(dropout_keys, 1))
+    return self.encoder(
+      x, dot_product_attention.text_mask(text_tokens), layers.fold(dropout_keys, 1)
+    )
 
   def piece_logits(
     self, x: Float[Array, 'batch places embed']

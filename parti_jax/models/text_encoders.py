@@ -34,7 +34,7 @@ from parti_jax.models import kinds
 from parti_jax.models import parti_config
 from parti_jax.models import t5_encoder
 from parti_jax.models import text_encoder
-from parti_jax.models.nn import attention
+from parti_jax.models.nn import dot_product_attention
 from parti_jax.models.nn import layers
 
 Tokens = Int[Array, 'batch text_length']
@@ -53,7 +53,7 @@ class TextEncoder(Protocol):
 def padding_mask(config: Any, text_tokens: Tokens) -> Mask:
   """The mask of kinds whose padding is the id 0."""
   del config
-  return attention.text_mask(text_tokens)
+  return dot_product_attention.text_mask(text_tokens)
 
 
 def only_end(config: Any, first: Any) -> tuple[Any, ...]:

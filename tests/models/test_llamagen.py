@@ -20,6 +20,7 @@ from parti_jax.models import generators
 from parti_jax.models import llamagen
 from parti_jax.models import t5_encoder
 from parti_jax.models.nn import attention
+from parti_jax.models.nn import dot_product_attention
 from parti_jax.sampling import adaptive
 from parti_jax.sampling import decoding
 from parti_jax.sampling import parameters
@@ -204,8 +205,8 @@ def test_an_int8_cache_holds_the_condition_too(texts, read_first_from, monkeypat
 
 def test_long_sequences_are_attended_to_in_blocks(monkeypatch):
   config, params, _ = tiny(True)
-  monkeypatch.setattr(attention, '_BLOCKWISE_FROM', 1)
-  monkeypatch.setitem(attention._BLOCK, 'global', 4)
+  monkeypatch.setattr(dot_product_attention, '_BLOCKWISE_FROM', 1)
+  monkeypatch.setitem(dot_product_attention._BLOCK, 'global', 4)
   found = generators.module(config).apply({'params': params}, TEXTS, IMAGES)
   np.testing.assert_allclose(found, reference(True), atol=1e-4, rtol=1e-4)
 

@@ -15,9 +15,9 @@ from parti_jax.models import parti
 from parti_jax.models import parti_config
 from parti_jax.models import token_decoder
 from parti_jax.models import vit_vqgan
-from parti_jax.models.nn import attention
 from parti_jax.models.nn import attention_cache
 from parti_jax.models.nn import attention_patterns
+from parti_jax.models.nn import dot_product_attention
 from parti_jax.models.nn import quantization
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.sampling import adaptive
@@ -191,7 +191,7 @@ def test_attention_with_shared_keys_is_that_with_repeated_ones(int8):
     plain = tuple(part.values * part.scale[..., None] for part in shared)
   repeated = (part[:, [0, 0, 0, 1, 1, 1]].swapaxes(1, 2) for part in plain)
   found = attention_cache.attend_cached(query, *shared, mask)
-  np.testing.assert_allclose(found, attention.attend(query, *repeated, mask), atol=1e-5)
+  np.testing.assert_allclose(found, dot_product_attention.attend(query, *repeated, mask), atol=1e-5)
 
 
 def test_shared_keys_can_be_read_before_a_position_is_written():

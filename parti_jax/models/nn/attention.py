@@ -1,22 +1,17 @@
-"""Multi-head attention: self-attention, cross-attention, and attention over a cache.
+"""Layers of multi-head attention: self-attention, causal self-attention in patterns, cross-attention.
 
-`attend` computes scores for all pairs of positions. The other forms give the same result without
-computing everything that the pattern masks: `attend_blockwise` processes one block of queries at a
-time, and `attend_rows` and `attend_columns` cut the grid into rows and columns. `attend_in_pattern`
-and `attend_to_keys` choose among them and cuDNN's kernel on GPUs (`attention_cudnn.py`). On TPUs the
-layers use the kernel in `attention_kernel.py` instead.
+What they compute is in `dot_product_attention.py`, with a cache in `attention_cache.py`, and on TPUs
+in the kernel in `attention_kernel.py`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 from jaxtyping import Bool
@@ -24,247 +19,18 @@ from jaxtyping import Float
 from jaxtyping import Int
 
 from parti_jax.models.nn import attention_cache
-from parti_jax.models.nn import attention_cudnn
 from parti_jax.models.nn import attention_kernel
 from parti_jax.models.nn import attention_patterns
 from parti_jax.models.nn import block_options
+from parti_jax.models.nn import dot_product_attention
 from parti_jax.models.nn import layers
 from parti_jax.models.nn import quantization
 from parti_jax.models.nn import rotary
 
-# Sequences of at least this length are attended to in blocks of queries.
-_BLOCKWISE_FROM = 512
-_BLOCK = {'global': 256, 'conv': 128}
 # Int8 caches of at least this many slots are read before a position is written. After the write, XLA
 # for TPUs moves them to the chip's own memory and back. With few slots that is the faster way: it
 # moves 5% less for the 20B's 166 slots, but 25% more for 1,024.
 _READ_FIRST_FROM = 512
-
-
-def attend(
-  query: Float[Array, 'batch query_length heads head_dim'],
-  key: Float[Array, 'batch key_length heads head_dim'],
-  value: Float[Array, 'batch key_length heads head_dim'],
-  mask: Bool[Array | np.ndarray, 'query_length key_length']
-  | Bool[Array, '#batch 1 #query_length key_length']
-  | None = None,
-) -> Float[Array, 'batch query_length heads head_dim']:
-  """Scaled dot-product attention with the softmax in float32.
-
-  Args:
-    query: queries.
-    key: keys.
-    value: values.
-    mask: True where a query may attend to a key; None if it may attend to all.
-
-  Returns:
-    The attended values, in the dtype of the query.
-  """
-  scale = query.shape[-1] ** -0.5
-  scores = jnp.einsum('bqhd,bkhd->bhqk', query * scale, key, preferred_element_type=jnp.float32)
-  weights = attention_cache.masked_softmax(scores, mask).astype(query.dtype)
-  return jnp.einsum('bhqk,bkhd->bqhd', weights, value)
-
-
-def attend_to_keys(
-  query: Float[Array, 'batch query_length heads head_dim'],
-  key: Float[Array, 'batch key_length heads head_dim'],
-  value: Float[Array, 'batch key_length heads head_dim'],
-  mask: Bool[Array, '#batch 1 #query_length key_length'] | None = None,
-) -> Float[Array, 'batch query_length heads head_dim']:
-  """`attend` in the form that suits the platform.
-
-  Args:
-    query: queries.
-    key: keys.
-    value: values.
-    mask: True where a query may attend to a key; None if it may attend to all. A mask that is the
-      same for all queries, [batch, 1, 1, key_length], leaves the first keys of each example.
-  """
-  if attention_cudnn.fits(query, key) and (mask is None or mask.shape[2] == 1):
-    out = attention_cudnn.attend(query, key, value, mask)
-    return checkpoint_name(out, attention_kernel.ATTENTION_OUTPUT)
-  return attend(query, key, value, mask)
-
-
-def attend_blockwise(
-  query: Float[Array, 'batch length heads head_dim'],
-  key: Float[Array, 'batch length heads head_dim'],
-  value: Float[Array, 'batch length heads head_dim'],
-  pattern: attention_patterns.AttentionPattern,
-  block: int,
-) -> Float[Array, 'batch length heads head_dim']:
-  """`attend` with the pattern's mask, computed for one block of queries at a time.
-
-  Each block of `block` queries uses only the keys from the first to the last that any of them
-  attends to. The backward pass recomputes the scores.
-  """
-  blocks = []
-  for start in range(0, pattern.length, block):
-    rows = pattern.mask[start : start + block]
-    seen = np.flatnonzero(rows.any(axis=0))
-    first, last = int(seen[0]), int(seen[-1]) + 1
-    blocks.append(
-      jax.checkpoint(attend)(
-        query[:, start : start + block],
-        key[:, first:last],
-        value[:, first:last],
-        rows[:, first:last],
-      )
-    )
-  return jnp.concatenate(blocks, axis=1)
-
-
-def _cut(
-  part: Float[Array, 'batch length heads head_dim'], grid: tuple[int, int]
-) -> Float[Array, 'batch rows columns heads head_dim']:
-  return part.reshape(part.shape[:1] + grid + part.shape[2:])
-
-
-def attend_rows(
-  query: Float[Array, 'batch length heads head_dim'],
-  key: Float[Array, 'batch length heads head_dim'],
-  value: Float[Array, 'batch length heads head_dim'],
-  pattern: attention_patterns.AttentionPattern,
-) -> Float[Array, 'batch length heads head_dim']:
-  """`attend` with the mask of 'row': each row of the grid attends to itself and the row above."""
-  grid = rows, columns = pattern.grid
-
-  def with_row_above(
-    part: Float[Array, 'batch rows columns heads head_dim'],
-  ) -> Float[Array, 'batch rows 2*columns heads head_dim']:
-    # The first row has zeros above it, which the mask hides.
-    above = jnp.pad(part[:, :-1], ((0, 0), (1, 0)) + ((0, 0),) * 3)
-    return jnp.concatenate([above, part], axis=2)
-
-  # The same for the mask: [rows, columns, columns + length], and of its last axis, for each row,
-  # the 2 * columns keys of the row above and of the row itself.
-  padded = np.pad(pattern.mask, ((0, 0), (columns, 0))).reshape(rows, columns, -1)
-  mask = np.stack([padded[row, :, row * columns : (row + 2) * columns] for row in range(rows)])
-  out = jax.vmap(attend, in_axes=(1, 1, 1, 0), out_axes=1)(
-    _cut(query, grid), with_row_above(_cut(key, grid)), with_row_above(_cut(value, grid)), mask
-  )  # [batch, rows, columns, heads, head_dim]
-  return out.reshape(query.shape)
-
-
-def attend_columns(
-  query: Float[Array, 'batch length heads head_dim'],
-  key: Float[Array, 'batch length heads head_dim'],
-  value: Float[Array, 'batch length heads head_dim'],
-  pattern: attention_patterns.AttentionPattern,
-) -> Float[Array, 'batch length heads head_dim']:
-  """`attend` with the mask of 'column': each column of the grid attends to itself."""
-  grid = pattern.grid
-  mask = pattern.mask[:: grid[1], :: grid[1]]  # [rows, rows], the same for every column.
-  out = jax.vmap(attend, in_axes=(2, 2, 2, None), out_axes=2)(
-    _cut(query, grid), _cut(key, grid), _cut(value, grid), mask
-  )  # [batch, rows, columns, heads, head_dim]
-  return out.reshape(query.shape)
-
-
-def attend_in_pattern(
-  query: Float[Array, 'batch length heads head_dim'],
-  key: Float[Array, 'batch length heads head_dim'],
-  value: Float[Array, 'batch length heads head_dim'],
-  pattern: attention_patterns.AttentionPattern,
-) -> Float[Array, 'batch length heads head_dim']:
-  """Self-attention in the form that suits the pattern, the platform and the length."""
-  if pattern.name == 'row':
-    return attend_rows(query, key, value, pattern)
-  if pattern.name == 'column':
-    return attend_columns(query, key, value, pattern)
-  if attention_cudnn.fits(query, key, pattern):
-    return attention_cudnn.attend(query, key, value, causal=True)
-  if pattern.length >= _BLOCKWISE_FROM:
-    return attend_blockwise(query, key, value, pattern, _BLOCK[pattern.name])
-  return attend(query, key, value, pattern.mask)
-
-
-def attend_in_schedule(
-  query: Float[Array, 'batch length heads head_dim'],
-  key: Float[Array, 'batch length heads head_dim'],
-  value: Float[Array, 'batch length heads head_dim'],
-  patterns: Sequence[attention_patterns.AttentionPattern],
-  index: int | Int[Array, ''],
-) -> Float[Array, 'batch length heads head_dim']:
-  """`attend_in_pattern` with one of several patterns.
-
-  Args:
-    query: queries.
-    key: keys.
-    value: values.
-    patterns: the patterns to choose from.
-    index: which pattern to use. If it is an array, all of them are compiled and one is computed.
-
-  Returns:
-    The attended values, with the checkpoint name ATTENTION_OUTPUT.
-  """
-  forms = [functools.partial(attend_in_pattern, pattern=pattern) for pattern in patterns]
-  out = _call_chosen(forms, index, query, key, value)
-  return checkpoint_name(out, attention_kernel.ATTENTION_OUTPUT)
-
-
-def _call_chosen(
-  forms: Sequence[Callable[..., Array]], index: int | Int[Array, ''], *inputs: Array
-) -> Array:
-  """Calls one of several forms of attention; an array as index compiles all of them."""
-  return forms[index](*inputs) if isinstance(index, int) else jax.lax.switch(index, forms, *inputs)
-
-
-def prefix_mask(mask: Bool[Array, 'batch 1 1 prefix']) -> Bool[Array, 'batch 1 prefix prefix']:
-  """Returns which positions of a prefix each of them attends to: itself, and earlier ones.
-
-  Args:
-    mask: True where a position may be attended to. The others attend to themselves alone.
-  """
-  places = jnp.arange(mask.shape[-1])
-  return (mask & (places <= places[:, None])) | (places == places[:, None])
-
-
-def attend_after_prefix(
-  query: Float[Array, 'batch places heads head_dim'],
-  key: Float[Array, 'batch places heads head_dim'],
-  value: Float[Array, 'batch places heads head_dim'],
-  mask: Bool[Array, 'batch 1 1 prefix'],
-  pattern: attention_patterns.AttentionPattern,
-) -> Float[Array, 'batch length heads head_dim']:
-  """Attends from image tokens to the prefix before them, and in a pattern to image tokens.
-
-  With many image tokens it computes one block of queries at a time, like `attend_blockwise`.
-
-  Args:
-    query: queries of the prefix, which are not used, and after them those of the image tokens.
-    key: keys of both.
-    value: values of both.
-    mask: True where a position of the prefix may be attended to.
-    pattern: the pattern of the image tokens.
-  """
-  prefix, length = mask.shape[-1], pattern.length
-  block = length if length < _BLOCKWISE_FROM else _BLOCK.get(pattern.name, _BLOCK['global'])
-  blocks = []
-  for start in range(0, length, block):
-    rows = pattern.mask[start : start + block]
-    seen = np.flatnonzero(rows.any(axis=0))
-    within = slice(int(seen[0]), int(seen[-1]) + 1)
-    keys, values = (
-      jnp.concatenate([part[:, :prefix], part[:, prefix:][:, within]], axis=1)
-      for part in (key, value)
-    )
-    masks = [
-      jnp.broadcast_to(part, (len(mask), 1, len(rows), part.shape[-1]))
-      for part in (mask, rows[:, within])
-    ]
-    queries = query[:, prefix + start : prefix + start + block]
-    blocks.append(jax.checkpoint(attend)(queries, keys, values, jnp.concatenate(masks, axis=-1)))
-  return jnp.concatenate(blocks, axis=1)
-
-
-def for_each_head(
-  part: Float[Array, 'batch length kv_heads head_dim'], heads: int
-) -> Float[Array, 'batch length heads head_dim']:
-  """Repeats keys or values that several heads share; head i of the queries uses i // group size."""
-  groups = heads // part.shape[2]
-  return part if groups == 1 else jnp.repeat(part, groups, axis=2)
 
 
 def _side_by_side(
@@ -351,7 +117,7 @@ class _SelfProjections(nn.Module):
     names = (None, 'activation_batch', 'activation_length', 'activation_heads')
     options = self.options
     if options.qk_norm or options.rotary_grid is not None or options.kv_heads is not None:
-      parts = [for_each_head(part, self.heads) for part in self.project(x)]
+      parts = [dot_product_attention.for_each_head(part, self.heads) for part in self.project(x)]
       packed = jnp.stack([_side_by_side(part) for part in parts])
     else:
       packed = self.project_in(x, (x.shape[-1],))
@@ -377,7 +143,7 @@ class SelfAttention(_SelfProjections):
       attended = attention_kernel.self_attention(self._project_packed(x), head_dim, None, mask)
       return self._project_out_packed(attended)
     query, key, value = self.project(x)
-    return self.project_out(attend_to_keys(query, key, value, mask))
+    return self.project_out(dot_product_attention.attend_to_keys(query, key, value, mask))
 
 
 class PatternedSelfAttention(_SelfProjections):
@@ -401,7 +167,7 @@ class PatternedSelfAttention(_SelfProjections):
     Args:
       x: the sequence.
       patterns: the patterns to choose from.
-      index: which pattern to use, as in `attend_in_schedule`.
+      index: which pattern to use, as in `dot_product_attention.attend_in_schedule`.
       mask: with a prefix before the image tokens: True where it may be attended to. None without.
     """
     if mask is not None and mask.shape[-1]:
@@ -412,10 +178,14 @@ class PatternedSelfAttention(_SelfProjections):
         functools.partial(attention_kernel.self_attention, head_dim=head_dim, pattern=pattern)
         for pattern in patterns
       ]
-      return self._project_out_packed(_call_chosen(forms, index, self._project_packed(x)))
+      return self._project_out_packed(
+        dot_product_attention.call_chosen(forms, index, self._project_packed(x))
+      )
     query, *shared = self.project(x)
-    key, value = (for_each_head(part, self.heads) for part in shared)
-    return self.project_out(attend_in_schedule(query, key, value, patterns, index))
+    key, value = (dot_product_attention.for_each_head(part, self.heads) for part in shared)
+    return self.project_out(
+      dot_product_attention.attend_in_schedule(query, key, value, patterns, index)
+    )
 
   def _attend_with_prefix(
     self,
@@ -426,11 +196,16 @@ class PatternedSelfAttention(_SelfProjections):
   ) -> Float[Array, 'batch length embed']:
     prefix = mask.shape[-1]
     query, *shared = self.project(x, -prefix)
-    key, value = (for_each_head(part, self.heads) for part in shared)
-    within = prefix_mask(mask)
-    first = attend(query[:, :prefix], key[:, :prefix], value[:, :prefix], within)
-    forms = [functools.partial(attend_after_prefix, pattern=pattern) for pattern in patterns]
-    after = _call_chosen(forms, index, query, key, value, mask)
+    key, value = (dot_product_attention.for_each_head(part, self.heads) for part in shared)
+    within = dot_product_attention.prefix_mask(mask)
+    first = dot_product_attention.attend(
+      query[:, :prefix], key[:, :prefix], value[:, :prefix], within
+    )
+    forms = [
+      functools.partial(dot_product_attention.attend_after_prefix, pattern=pattern)
+      for pattern in patterns
+    ]
+    after = dot_product_attention.call_chosen(forms, index, query, key, value, mask)
     attended = checkpoint_name(
       jnp.concatenate([first, after], axis=1), attention_kernel.ATTENTION_OUTPUT
     )
@@ -453,8 +228,14 @@ class PatternedSelfAttention(_SelfProjections):
       The output of attention, and the keys and values of the prefix.
     """
     query, key, value = self.project(x, -x.shape[1])
-    keys, values = (for_each_head(part, self.heads) for part in (key, value))
-    return self.project_out(attend(query, keys, values, prefix_mask(mask))), key, value
+    keys, values = (dot_product_attention.for_each_head(part, self.heads) for part in (key, value))
+    return (
+      self.project_out(
+        dot_product_attention.attend(query, keys, values, dot_product_attention.prefix_mask(mask))
+      ),
+      key,
+      value,
+    )
 
   def decode(
     self,
@@ -538,16 +319,6 @@ class PatternedSelfAttention(_SelfProjections):
     )
 
 
-def text_mask(text_tokens: Int[Array, 'batch text_length']) -> Bool[Array, 'batch 1 1 text_length']:
-  """Returns an attention mask that hides padding: each id 0 after the last token.
-
-  It leaves the first tokens of each text, as `attend_to_keys` requires.
-  """
-  places = jnp.arange(text_tokens.shape[1])
-  last = jnp.max(jnp.where(text_tokens > 0, places, -1), axis=1, keepdims=True)
-  return (places <= last)[:, None, None, :]
-
-
 class CrossAttention(nn.Module):
   """Attention of a sequence over another one.
 
@@ -622,8 +393,10 @@ class CrossAttention(nn.Module):
     if isinstance(other, tuple):
       assert mask is not None
       return self.project_out(attention_cache.attend_cached(query, *other, mask))
-    key, value = (for_each_head(part, self.heads) for part in self.keys_values(other))
-    return self.project_out(attend_to_keys(query, key, value, mask))
+    key, value = (
+      dot_product_attention.for_each_head(part, self.heads) for part in self.keys_values(other)
+    )
+    return self.project_out(dot_product_attention.attend_to_keys(query, key, value, mask))
 
   def _call_packed(
     self,
@@ -634,7 +407,9 @@ class CrossAttention(nn.Module):
     names = ('activation_batch', 'activation_length', 'activation_heads')
     if self.options.qk_norm or self.options.kv_heads is not None:
       query = _side_by_side(self._queries(x))
-      parts = [for_each_head(part, self.heads) for part in self.keys_values(other)]
+      parts = [
+        dot_product_attention.for_each_head(part, self.heads) for part in self.keys_values(other)
+      ]
       keys_values = jnp.stack([_side_by_side(part) for part in parts])
     else:
       query = self.project_query(x, (x.shape[-1],))

@@ -1,7 +1,7 @@
 """Attention by cuDNN's fused kernel on NVIDIA GPUs, which keeps the scores on the chip.
 
 The kernel takes causal attention and attention to the first keys of a sequence. Other patterns keep
-the forms in `attention.py`, which don't compute what the pattern masks.
+the forms in `dot_product_attention.py`, which don't compute what the pattern masks.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def attend(
   causal: bool = False,
   implementation: Literal['cudnn', 'xla'] = 'cudnn',
 ) -> Float[Array, 'batch query_length heads head_dim']:
-  """`attention.attend` with a mask of the keys, or causal.
+  """`dot_product_attention.attend` with a mask of the keys, or causal.
 
   Args:
     query: queries.

@@ -16,9 +16,9 @@ import pytest
 
 from parti_jax.models import parti
 from parti_jax.models import parti_config
-from parti_jax.models.nn import attention
 from parti_jax.models.nn import attention_cudnn
 from parti_jax.models.nn import attention_patterns
+from parti_jax.models.nn import dot_product_attention
 from parti_jax.models.nn import transformer
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import rules
@@ -91,7 +91,9 @@ def test_equals_attention_over_all_pairs(length, key_length, mask, causal):
   """A text without any token is attended to evenly, and gives no gradient to the scores."""
   inputs = normal(3, length, 2, 8), normal(3, key_length, 2, 8), 2 * normal(3, key_length, 2, 8)
   allowed = pattern_of('global').mask if causal else mask
-  expected = gradients.with_gradients(lambda *parts: attention.attend(*parts, allowed), *inputs)
+  expected = gradients.with_gradients(
+    lambda *parts: dot_product_attention.attend(*parts, allowed), *inputs
+  )
   found = gradients.with_gradients(
     lambda *parts: attention_cudnn.attend(*parts, mask, causal, implementation='xla'), *inputs
   )
@@ -111,7 +113,7 @@ def test_equals_attention_over_all_pairs(length, key_length, mask, causal):
   ],
 )
 def test_masks_of_texts_leave_the_first_tokens(texts, expected):
-  mask = attention.text_mask(jnp.array(texts))
+  mask = dot_product_attention.text_mask(jnp.array(texts))
   np.testing.assert_array_equal(mask[:, 0, 0], np.array(expected, bool))
 
 
@@ -163,11 +165,11 @@ def test_each_device_computes_its_examples_and_heads(as_on_a_gpu, monkeypatch):
   monkeypatch.setattr(mesh_lib, 'platform', lambda: 'gpu')
   inputs = [normal(4, length, 4, 8, dtype=jnp.bfloat16) for length in (72, 64, 64)]
   mask = first_keys(3, 64, 0, 1, length=64)
-  expected = attention.attend(*inputs, mask)
+  expected = dot_product_attention.attend(*inputs, mask)
   with rules.partitioned(mesh_lib.make_mesh(data=4, tensor=2), rules.logical_axis_rules()):
-    found = jax.jit(attention.attend_to_keys)(*inputs, mask)
+    found = jax.jit(dot_product_attention.attend_to_keys)(*inputs, mask)
     # An example can't be divided, such as that of an initialization.
-    attention.attend_to_keys(*(part[:1] for part in inputs), mask[:1])
+    dot_product_attention.attend_to_keys(*(part[:1] for part in inputs), mask[:1])
   assert as_on_a_gpu == [((1, 72, 2, 8), (1, 64, 2, 8), False)]
   assert len({str(shard.index) for shard in found.addressable_shards}) == 8
   np.testing.assert_allclose(

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from parti_jax.models.nn import attention
 from parti_jax.models.nn import attention_patterns
+from parti_jax.models.nn import dot_product_attention
 
 # Grids of 256 positions, which are not all square.
 PATTERNS = {
@@ -27,7 +27,7 @@ _with_gradients = jax.jit(gradients.with_gradients, static_argnums=0)
 
 
 def _plain(pattern, *inputs):
-  return attention.attend(*inputs, pattern.mask)
+  return dot_product_attention.attend(*inputs, pattern.mask)
 
 
 @functools.cache
@@ -38,9 +38,12 @@ def _expected(name):
 @pytest.mark.parametrize(
   'form, names',
   [
-    (functools.partial(attention.attend_blockwise, block=96), ['global_16x16', 'conv_8x32']),
-    (attention.attend_rows, ['row_8x32']),
-    (attention.attend_columns, ['column_32x8']),
+    (
+      functools.partial(dot_product_attention.attend_blockwise, block=96),
+      ['global_16x16', 'conv_8x32'],
+    ),
+    (dot_product_attention.attend_rows, ['row_8x32']),
+    (dot_product_attention.attend_columns, ['column_32x8']),
   ],
   ids=['blockwise', 'rows', 'columns'],
 )
@@ -54,7 +57,9 @@ def test_all_forms_agree(form, names):
 def test_a_pattern_may_be_chosen_by_an_array():
   names = ['column_32x8', 'row_8x32']
   chosen = jax.jit(
-    functools.partial(attention.attend_in_schedule, patterns=[PATTERNS[name] for name in names])
+    functools.partial(
+      dot_product_attention.attend_in_schedule, patterns=[PATTERNS[name] for name in names]
+    )
   )
   for index, name in enumerate(names):
     found = chosen(*_inputs(), index=jnp.int32(index))
@@ -100,7 +105,7 @@ def _largest(function, *inputs):
 )
 def test_training_computes_only_the_scores_of_blocks_that_a_pattern_leaves(name, scores):
   pattern = attention_patterns.AttentionPattern(name, (32, 32), 11)
-  attend = functools.partial(attention.attend_in_pattern, pattern=pattern)
+  attend = functools.partial(dot_product_attention.attend_in_pattern, pattern=pattern)
   made = _arrays(attend, *[jnp.zeros((1, 1024, 2, 8))] * 3)
   # Each score is exponentiated once.
   assert sum(size for primitive, size in made if primitive == 'exp') == 2 * scores
@@ -111,7 +116,7 @@ def test_long_sequences_make_no_array_of_all_pairs_of_positions():
   pattern = attention_patterns.AttentionPattern('conv', (32, 32), 11)
   inputs = [jnp.zeros((1, 1024, 2, 8))] * 3
   pairs = 2 * 1024 * 1024
-  chosen = functools.partial(attention.attend_in_pattern, pattern=pattern)
+  chosen = functools.partial(dot_product_attention.attend_in_pattern, pattern=pattern)
   assert _largest(functools.partial(gradients.with_gradients, chosen), *inputs) < pairs / 2
   plain = functools.partial(_plain, pattern)
   assert _largest(functools.partial(gradients.with_gradients, plain), *inputs) == pairs

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from parti_jax.models.nn import attention
 from parti_jax.models.nn import attention_kernel
 from parti_jax.models.nn import attention_patterns
 from parti_jax.models.nn import block_options
+from parti_jax.models.nn import dot_product_attention
 from parti_jax.models.nn import transformer
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import rules
@@ -36,9 +36,9 @@ def heads_apart(part, head_dim):
 
 
 def plain(query, key, value, head_dim, mask):
-  """Attention with heads side by side, by `attention.attend`."""
+  """Attention with heads side by side, by `dot_product_attention.attend`."""
   parts = [heads_apart(part, head_dim) for part in (query, key, value)]
-  return attention.attend(*parts, mask).reshape(query.shape)
+  return dot_product_attention.attend(*parts, mask).reshape(query.shape)
 
 
 def check(kernel, expected, *inputs, tolerance=2e-5):
