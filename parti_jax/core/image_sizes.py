@@ -42,10 +42,10 @@ def text(size: ImageSize) -> str:
   return f'{size[0]}×{size[1]}' if isinstance(size, tuple) else f'{size}'
 
 
-def width_by_height(size: ImageSize) -> str:
-  """Returns a size in the form of image APIs, such as '64x32': width first, for squares too."""
+def times(size: ImageSize, factor: int) -> ImageSize:
+  """Returns the size of pictures that are `factor` times as high and wide."""
   height, width = sides(size)
-  return f'{width}x{height}'
+  return of_sides(height * factor, width * factor)
 
 
 def central(width: int, height: int, size: ImageSize) -> tuple[int, int, int, int]:

@@ -118,13 +118,12 @@ class _Handlers:
 
   def _model(self) -> dict[str, Any]:
     offer = self._service.offer
-    sizes = [offer.size] if offer.upscaled is None else [offer.size, offer.upscaled]
     return {
       'id': offer.model,
       'object': 'model',
       'created': self._created,
       'owned_by': 'parti_jax',
-      'sizes': [f'{size}x{size}' for size in sizes],
+      'sizes': [offer.pixels(large) for large in (False, True)[: 1 + (offer.upscaled is not None)]],
       'rank': offer.ranked,
     }
 
@@ -236,12 +235,11 @@ class _Answer(responses.Response):
       if result.scores is not None:
         picture['score'] = float(result.scores[0, column])
       pictures.append(picture)
-    side = self._service.offer.upscaled if self._asked.upscale else self._service.offer.size
     content = {
       'created': int(time.time()),
       'model': self._service.offer.model,
       'seed': self._asked.seed,
-      'size': f'{side}x{side}',
+      'size': self._service.offer.pixels(self._asked.upscale),
       'output_format': 'png',
       'data': pictures,
     }

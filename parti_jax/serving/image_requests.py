@@ -16,6 +16,7 @@ from typing import Any
 from PIL import Image
 
 from parti_jax.core import checks
+from parti_jax.core import image_sizes
 from parti_jax.core.errors import UserError
 from parti_jax.data import image_decoding
 from parti_jax.data.undecodable import UndecodablePicture
@@ -132,17 +133,24 @@ class Offer:
 
   Attributes:
     model: its name.
-    size: height and width of its pictures, in pixels.
+    size: height and width of its pictures, in pixels; one number for squares.
     grid: rows and columns of their image tokens.
     upscaled: those of its enlarged pictures; None if it has no super-resolution.
     ranked: whether it has a ranker.
   """
 
   model: str
-  size: int
+  size: image_sizes.ImageSize
   grid: tuple[int, int]
-  upscaled: int | None
+  upscaled: image_sizes.ImageSize | None
   ranked: bool
+
+  def pixels(self, upscaled: bool = False) -> str:
+    """Returns width and height of its pictures, or of enlarged ones, as a request's 'size' has them."""
+    size = self.upscaled if upscaled else self.size
+    assert size is not None
+    height, width = image_sizes.sides(size)
+    return f'{width}x{height}'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -391,9 +399,9 @@ def _edit(
 
 def _upscale(size: Any, offer: Offer) -> bool:
   """Returns whether pictures of this size are enlarged ones."""
-  sizes = {'auto': False, f'{offer.size}x{offer.size}': False}
+  sizes = {'auto': False, offer.pixels(): False}
   if offer.upscaled is not None:
-    sizes[f'{offer.upscaled}x{offer.upscaled}'] = True
+    sizes[offer.pixels(upscaled=True)] = True
   if not isinstance(size, str) or size not in sizes:
     raise RequestError(
       f'size={checks.shown_as_json(size)} is not possible with the model {offer.model}; choose '

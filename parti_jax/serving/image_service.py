@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from parti_jax.core import image_sizes
 from parti_jax.core.errors import UserError
 from parti_jax.sampling import continuous
 from parti_jax.sampling import text_to_image
@@ -67,7 +68,7 @@ class ImageService:
       model.model_name,
       model.image_size,
       (rows, columns),
-      None if upscaler is None else model.image_size * upscaler.factor,
+      None if upscaler is None else image_sizes.times(model.image_size, upscaler.factor),
       model.ranker is not None,
     )
     self.sampler = continuous.ContinuousSampler(model, batch_size, tokens_per_call, **sampling)
