@@ -118,12 +118,13 @@ class _Handlers:
 
   def _model(self) -> dict[str, Any]:
     offer = self._service.offer
+    upscaled = [] if offer.upscaled is None else [offer.pixels(upscaled=True)]
     return {
       'id': offer.model,
       'object': 'model',
       'created': self._created,
       'owned_by': 'parti_jax',
-      'sizes': [offer.pixels(large) for large in (False, True)[: 1 + (offer.upscaled is not None)]],
+      'sizes': [offer.pixels(), *upscaled],
       'rank': offer.ranked,
     }
 
