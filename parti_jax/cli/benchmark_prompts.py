@@ -8,6 +8,7 @@ import sys
 
 from parti_jax.cli import model_flags
 from parti_jax.cli import sampling_flags
+from parti_jax.core import image_sizes
 from parti_jax.core.errors import UserError
 from parti_jax.evaluation import output_folder
 from parti_jax.evaluation.benchmarks import drawing
@@ -36,6 +37,7 @@ def draw(args: argparse.Namespace) -> int:
   prompts = all_prompts[: args.max_prompts]
   benchmark.check_num_images(num_images, prompts)
   model = model_flags.load(args)
+  image_sizes.square(model.image_size, 'judges of benchmarks take')
   if benchmark.ranks(num_images) and model.ranker is None:
     raise UserError(
       f'--num_images={num_images}: {benchmark.title} has one picture for each prompt, the best by a '

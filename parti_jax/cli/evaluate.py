@@ -15,6 +15,7 @@ from parti_jax.cli import evaluate_sweep
 from parti_jax.cli import sampling_flags
 from parti_jax.core import checks
 from parti_jax.core import start_cache
+from parti_jax.core import image_sizes
 from parti_jax.core.errors import UserError
 from parti_jax.data import openmoji
 from parti_jax.data import openmoji_grammar
@@ -232,7 +233,9 @@ class _Shared:
     """The model."""
     args = self._args
     start_cache.enable()
-    return parti_jax.load(args.model, ranker=args.ranker, **sampling_flags.given_precision(args))
+    model = parti_jax.load(args.model, ranker=args.ranker, **sampling_flags.given_precision(args))
+    image_sizes.square(model.image_size, 'parti-jax evaluate compares')
+    return model
 
   @functools.cached_property
   def extractors(self) -> list[features.Extractor]:

@@ -7,6 +7,7 @@ import argparse
 from parti_jax.cli import evaluate_samples
 from parti_jax.core import checks
 from parti_jax.core import gin_config
+from parti_jax.core import image_sizes
 from parti_jax.core.errors import UserError
 from parti_jax.evaluation import feature_blocks
 from parti_jax.evaluation import output_folder
@@ -106,7 +107,8 @@ def run(args: argparse.Namespace) -> int:
   from parti_jax.training.objectives import frozen_tokenizer
 
   tokenizer = frozen_tokenizer.load(args.tokenizer)
-  pictures = _open(args, tokenizer.config.image_size)
+  size = image_sizes.square(tokenizer.config.image_size, 'parti-jax evaluate_tokenizer compares')
+  pictures = _open(args, size)
   perceptual = _perceptual(args, network)
   args.model = None
   extractor, of_features = evaluate_samples.network(args, spatial=False)

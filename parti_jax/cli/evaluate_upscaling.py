@@ -16,6 +16,7 @@ from parti_jax.cli import model_flags
 from parti_jax.cli import sampling_flags
 from parti_jax.core import compilation_cache
 from parti_jax.core import gin_config
+from parti_jax.core import image_sizes
 from parti_jax.core.errors import UserError
 from parti_jax.evaluation import upscaling_report
 
@@ -70,7 +71,8 @@ def run(args: argparse.Namespace) -> int:
       '`parti-jax export --base=FOLDER --super_resolution=RUN` adds it, and --upscaler=FOLDER '
       'measures another'
     )
-  size = model.upscaler.factor * model.image_size
+  size = image_sizes.square(model.image_size, 'parti-jax evaluate_upscaling compares')
+  size *= model.upscaler.factor
   examples: Any = datasets.pictures_and_captions(source, args.split, size)
   with contextlib.closing(examples):
     pictures = itertools.islice((picture for _, picture in examples), args.max_pictures)

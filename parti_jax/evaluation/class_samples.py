@@ -23,6 +23,7 @@ from jaxtyping import Bool
 from jaxtyping import Float32
 from jaxtyping import UInt8
 
+from parti_jax.core import image_sizes
 from parti_jax.evaluation import tables
 from parti_jax.evaluation.datasets import picture_shards
 from parti_jax.evaluation.datasets import sample_files
@@ -202,10 +203,12 @@ def draw(
     The report, and some pictures for a contact sheet.
 
   Raises:
-    UserError: a ranker is needed but missing, the disk is too small, or a shard is damaged.
+    UserError: the model's pictures are no squares, a ranker is needed but missing, the disk is too
+      small, or a shard is damaged.
   """
   count = len(texts) * per_class
-  size = sample_size or model.image_size
+  own_size = image_sizes.square(model.image_size, 'samples of classes are')
+  size = sample_size or own_size
   if 'npz' in forms and not (folder / NPZ_FILE).exists():
     sample_files.check_space(folder, sample_files.npz_bytes(count, size))
   labels = np.tile(np.arange(len(texts), dtype=np.int64), per_class)
@@ -227,9 +230,9 @@ def draw(
     label=label,
     template=template,
     num_images=num_images,
-    model_image_size=model.image_size,
+    model_image_size=own_size,
     sample_size=size,
-    resize=None if size == model.image_size else 'bicubic with antialiasing, by Pillow',
+    resize=None if size == own_size else 'bicubic with antialiasing, by Pillow',
     seed=seed,
     sampling=sampling,
     texts_cut=shards.captions_cut(),

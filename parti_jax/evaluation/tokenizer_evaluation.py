@@ -27,6 +27,7 @@ from jaxtyping import Int32
 from jaxtyping import PyTree
 from jaxtyping import UInt8
 
+from parti_jax.core import image_sizes
 from parti_jax.core.errors import UserError
 from parti_jax.evaluation import feature_blocks
 from parti_jax.evaluation import measurement
@@ -83,7 +84,7 @@ class Reconstructor:
     perceptual: LPIPS; None to leave it out.
 
   Raises:
-    UserError: pictures of the tokenizer are too small for SSIM or LPIPS.
+    UserError: pictures of the tokenizer are no squares, or too small for SSIM or LPIPS.
   """
 
   def __init__(
@@ -92,9 +93,10 @@ class Reconstructor:
     least = max(
       reconstruction.WINDOW, lpips.least_size(perceptual.network) if perceptual is not None else 0
     )
-    if config.image_size < least:
+    size = image_sizes.square(config.image_size, 'the evaluation of a tokenizer compares')
+    if size < least:
       raise UserError(
-        f"the tokenizer's pictures of {config.image_size} pixels are smaller than {least}, the least "
+        f"the tokenizer's pictures of {size} pixels are smaller than {least}, the least "
         'for SSIM and LPIPS'
       )
     fixed: Any = config

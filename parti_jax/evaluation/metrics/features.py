@@ -24,6 +24,7 @@ from jaxtyping import Float32
 from jaxtyping import UInt8
 from PIL import Image
 
+from parti_jax.core import image_sizes
 from parti_jax.core.errors import UserError
 from parti_jax.evaluation.metrics import clip_score
 from parti_jax.importers import inception_file
@@ -194,7 +195,7 @@ class RankerFeatures:
   def __init__(self, ranker, model_name: str):
     """Wraps a `parti_jax.sampling.ranking.Ranker`; `model_name` is used in reports."""
     self.ranker = ranker
-    self.image_size = ranker.config.image_size
+    self.image_size = image_sizes.square(ranker.config.image_size, 'features are compared of')
     self.resizes = ranker.preprocessing is not None
     whose = f'ranker {ranker.name}' if ranker.name else f'ranker of the model {model_name}'
     self.name = f'{whose}, pictures of {self.image_size} pixels'

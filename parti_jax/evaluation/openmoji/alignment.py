@@ -14,6 +14,7 @@ from jaxtyping import Float64
 from jaxtyping import Int
 from jaxtyping import UInt8
 
+from parti_jax.core import image_sizes
 from parti_jax.core.errors import UserError
 from parti_jax.data import openmoji
 from parti_jax.evaluation.openmoji import openmoji_judge
@@ -70,7 +71,7 @@ class OpenMojiAlignment:
 
   def __init__(
     self,
-    image_size: int,
+    image_size: image_sizes.ImageSize,
     split: str,
     max_prompts: int | None = None,
     seed: int = 0,
@@ -88,7 +89,7 @@ class OpenMojiAlignment:
       render: as in `openmoji_judge.Judge`.
 
     Raises:
-      UserError: if the split doesn't exist or has no pictures.
+      UserError: if the split doesn't exist or has no pictures, or the pictures are no squares.
     """
     if split not in openmoji.SPLITS:
       raise UserError(f'unknown split {split!r}: the splits are {", ".join(openmoji.SPLITS)}')

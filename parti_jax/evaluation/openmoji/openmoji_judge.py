@@ -28,6 +28,7 @@ from jaxtyping import Int
 from jaxtyping import Shaped
 from jaxtyping import UInt8
 
+from parti_jax.core import image_sizes
 from parti_jax.data import openmoji
 
 # Pictures converted to float32 at once, to bound the memory.
@@ -162,7 +163,7 @@ class Judge:
   def __init__(
     self,
     pictures: Sequence,
-    size: int,
+    size: image_sizes.ImageSize,
     render: Callable[[str, int], UInt8[np.ndarray, 'size size 3']] | None = None,
   ):
     """Renders each real picture once.
@@ -174,10 +175,12 @@ class Judge:
 
     Raises:
       ValueError: there are no pictures, or one was rendered at another size.
+      UserError: the size is no square.
     """
     if not pictures:
       raise ValueError('a judge needs at least one real picture')
     render = render or openmoji.render
+    size = image_sizes.square(size, 'the judge of OpenMoji compares')
     self.pictures = list(pictures)
     self.size = size
     self.images = np.stack([render(picture.code, size) for picture in self.pictures])

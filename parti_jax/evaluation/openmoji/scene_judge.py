@@ -19,6 +19,7 @@ from jaxtyping import Int
 from jaxtyping import UInt8
 from scipy import ndimage
 
+from parti_jax.core import image_sizes
 from parti_jax.data import openmoji_scenes
 from parti_jax.data import openmoji_things
 
@@ -152,7 +153,8 @@ class Judge:
     UserError: the drawings can't be rendered.
   """
 
-  def __init__(self, size: int):
+  def __init__(self, size: image_sizes.ImageSize):
+    size = image_sizes.square(size, 'the judge of scenes sees')
     self.size = size
     scale = size / openmoji_things.UNITS
     pixels = lambda units, least=1: max(least, round(units * scale))
