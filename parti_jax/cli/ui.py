@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
   serving_flags.check(args)
   # Before the model is loaded, which takes a moment: the package may be missing, the port taken.
   from parti_jax.serving import addresses
-  from parti_jax.serving import page
+  from parti_jax.serving.ui import page
 
   with addresses.listen(args.host, args.port) as listening:
     port = listening.getsockname()[1]

@@ -23,7 +23,8 @@ from parti_jax.sampling import continuous
 gr = pytest.importorskip('gradio', reason='gradio is not installed')
 
 from parti_jax.serving import addresses  # noqa: E402
-from parti_jax.serving import page as page_lib  # noqa: E402
+from parti_jax.serving.ui import editor as editor_lib  # noqa: E402
+from parti_jax.serving.ui import page as page_lib  # noqa: E402
 
 _SPEC = importlib.util.spec_from_file_location(
   'browser', pathlib.Path(__file__).parent / 'browser.py'
@@ -131,7 +132,7 @@ def test_a_picture_of_the_gallery_is_edited(service_of, served_model, way, edit)
   page = page_lib.Page(service_of())
   *_, (history, _, gallery, *_) = page.draw([], *NOTHING, *VALUES)
   pictures = [(picture, None) for picture in gallery['value']]
-  source, editor, accordion = page_lib._taken(pictures, 1)
+  source, editor, accordion = editor_lib.load(pictures, 1)
   np.testing.assert_array_equal(source, pictures[1][0])
   assert accordion['open'] is True
   assert editor['background'].size == (512, 512)
@@ -159,16 +160,16 @@ def test_a_picture_that_is_uploaded_takes_the_place_of_one_of_the_gallery(servic
   shown = Image.new('RGBA', (512, 512), 'red')
   uploaded = Image.new('RGBA', (512, 512), 'blue')
   editor = lambda background: {'background': background, 'layers': []}
-  images, more = page_lib._edited(source, editor(shown), 'keep', 'left', 0.5)
+  images, more = editor_lib.edited(source, editor(shown), 'keep', 'left', 0.5)
   assert images['image'].size == (16, 16) and more == {'keep': 'left:0.5'}
-  images, _ = page_lib._edited(source, editor(uploaded), 'vary', 'left', 0.5)
+  images, _ = editor_lib.edited(source, editor(uploaded), 'vary', 'left', 0.5)
   assert images['image'].size == (512, 512) and images['image'].getpixel((0, 0)) == (0, 0, 255)
 
 
 def test_an_edit_needs_paint(service_of):
   page = page_lib.Page(service_of())
   editor = {'background': Image.new('RGBA', (32, 32)), 'layers': [Image.new('RGBA', (32, 32))]}
-  with pytest.raises(gr.Error, match='paint over what is to be drawn anew'):
+  with pytest.raises(gr.Error, match='paint over what is to be redrawn'):
     list(page.draw([], None, editor, 'mask', 'top', 0.5, *VALUES))
 
 
