@@ -1,4 +1,4 @@
-"""Schedules of attention patterns: cache, sampling and training step beside all-global layers.
+"""Schedules of attention patterns: cache, sampling and training step, compared with all-global layers.
 
   python benchmarks/attention_patterns.py [--json FILE]
 

@@ -2,7 +2,7 @@
 
   python benchmarks/editing.py --output_dir docs
 
-Each sheet has the picture to edit first, with what is drawn anew in gray, and then the results.
+Each sheet has the picture to edit first, with what is redrawn in gray, and then the results.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def moved(model):
 
 
 def variations(model):
-  """A picture with a share of its tokens drawn anew."""
+  """A picture with a share of its tokens redrawn."""
   image = find('woman firefighter: medium skin tone', model.image_size)
   prompts = ['woman firefighter: medium skin tone', 'woman astronaut: medium skin tone']
   texts, cells = ['the picture'], [[image]]

@@ -1,4 +1,4 @@
-"""Training and sampling on one GPU, beside PyTorch with a network of the same sizes.
+"""Training and sampling on one GPU, against PyTorch with a network of the same sizes.
 
   python benchmarks/gpu.py --output gpu.json [--sections training sampling]
 

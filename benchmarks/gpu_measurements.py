@@ -159,7 +159,7 @@ def losses(settings: Settings, dtype: str) -> dict:
 
 
 def attention(settings: Settings) -> dict:
-  """Attention and its gradients in bfloat16 on the first device, beside float32 on a CPU."""
+  """Attention and its gradients in bfloat16 on the first device, against float32 on a CPU."""
   import jax
   import jax.numpy as jnp
 

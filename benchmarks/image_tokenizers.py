@@ -1,4 +1,4 @@
-"""ViT-VQGAN beside a convolutional VQGAN on OpenMoji, and what the generator makes of each.
+"""ViT-VQGAN against a convolutional VQGAN on OpenMoji, and what the generator makes of each.
 
   python benchmarks/image_tokenizers.py --dir runs/image_tokenizers [--minutes 20]
 

@@ -1,10 +1,10 @@
-"""Image tokens a second: parti_jax beside transformers' T5 and parti-pytorch.
+"""Image tokens a second: parti_jax against transformers' T5 and parti-pytorch.
 
   python benchmarks/sampling.py [--torch_python PYTHON] [--json FILE]
 
 All draw the same number of tokens for the same batch, from random parameters, in float32, with
 the same layers and widths. T5 (an encoder and a decoder like ours) samples with its cache.
-parti-pytorch has no cache and always runs guidance's second pass, so it stands beside our guided
+parti-pytorch has no cache and always runs guidance's second pass, so it is compared with our guided
 sampling; its text embeddings are given to it for free. Every system runs in a process of its
 own, is warmed up, and then they are timed in turn; the fastest round of each counts.
 """

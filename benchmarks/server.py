@@ -1,4 +1,4 @@
-"""The server's pictures per second with few and many clients, beside one big batch; and its memory.
+"""The server's pictures per second with few and many clients, compared with one big batch; and its memory.
 
   python benchmarks/server.py [--clients 1 8 64] [--requests N] [--json FILE]
 

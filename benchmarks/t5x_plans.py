@@ -142,7 +142,7 @@ def plan(gin_files: list[str], gin_bindings: list[str], topology_name: str) -> d
   topology = topology_lib.parse(topology_name)
   sys.modules['__main__'].train = train  # Where t5x's gin files look for it.
   train_with_gin = gin.configurable(train)
-  # What t5x.train must be told of and no step depends on.
+  # What t5x.train requires, although no step depends on it.
   unused = ["MIXTURE_OR_TASK_NAME = 'unused'", "MODEL_DIR = 'unused'"]
   gin_utils.parse_gin_flags(
     ['.', str(pathlib.Path(t5x.__path__[0]).parent)], gin_files, unused + gin_bindings

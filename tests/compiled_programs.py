@@ -8,7 +8,7 @@ import pathlib
 def drop_lowered() -> None:
   """Drops the MLIR modules that programs were compiled from; the programs stay.
 
-  JAX keeps a module as long as its function, to compile it anew. Each has a context of its own of about
+  JAX keeps a module as long as its function, to compile it again. Each has a context of its own of about
   1 MB, several times as much as the program of a single operation. JAX has no public way to drop them.
   """
   from jax._src import pjit

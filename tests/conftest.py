@@ -24,7 +24,7 @@ for _flag in xla_flags.of(devices=8):
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_flag}'.strip()
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 # gcsfs reads this when it is imported, which may be before a test starts the emulator: without it,
-# it would ask Google over gRPC what kind a bucket is of, and wait for ever where there is no network.
+# it would ask Google over gRPC what kind a bucket is of, and wait forever where there is no network.
 os.environ['GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT'] = 'false'
 # Tests leave nothing in the user's cache folder.
 os.environ.setdefault('PARTI_JAX_CACHE', 'off')

@@ -155,7 +155,7 @@ def test_the_architecture_page_has_the_same_order():
   page = (REPOSITORY / 'docs' / 'architecture.md').read_text(encoding='utf-8')
   table = page.split('| package | may import |\n|---|---|\n')[1].split('\n\n')[0]
   rows = [re.findall(r'`(\w+)`', line) for line in table.splitlines()]
-  modules = {'__init__', 'train'}  # These two are no packages.
+  modules = {'__init__', 'train'}  # These two are not packages.
   assert {part: set(others) for part, *others in rows} == {
     part: others for part, others in _MAY_IMPORT.items() if part not in modules
   }

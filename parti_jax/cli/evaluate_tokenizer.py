@@ -89,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default='evaluation_tokenizer',
     metavar='DIR',
     help='output folder of measurement.json and measurement.md, and of the features, with which an '
-    'interrupted command goes on (default: %(default)s)',
+    'interrupted command resumes (default: %(default)s)',
   )
 
 

@@ -81,7 +81,7 @@ def _add_steering(parser: argparse.ArgumentParser):
   parser.add_argument(
     '--mask',
     metavar='FILE',
-    help='what to draw anew in --image: a picture of its size that is transparent there, or white',
+    help='the part of --image to redraw: a picture of its size that is transparent there, or white',
   )
   parser.add_argument(
     '--keep',
@@ -92,7 +92,7 @@ def _add_steering(parser: argparse.ArgumentParser):
     '--vary',
     type=float,
     metavar='SHARE',
-    help='the share of the image tokens of --image to draw anew, at random places',
+    help='the share of the image tokens of --image to redraw, at random places',
   )
   parser.add_argument(
     '--best_of',

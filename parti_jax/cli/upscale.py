@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
   """Enlarges the pictures that the folder lacks, and prints the file names.
 
   All files are checked before the first one is enlarged. After an interruption, the same command
-  goes on with the picture at which it stopped.
+  resumes with the picture at which it stopped.
 
   Returns:
     0, the exit status.

@@ -23,7 +23,7 @@ def square(size: ImageSize, what: str, way_out: str = '') -> int:
     way_out: ends the message.
 
   Raises:
-    UserError: if the pictures are no squares.
+    UserError: if the pictures are not square.
   """
   if isinstance(size, tuple):
     raise UserError(

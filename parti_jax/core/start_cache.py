@@ -1,4 +1,4 @@
-"""Keeps what each start would otherwise compute again, beside XLA's compiled programs.
+"""Keeps what each start would otherwise compute again, next to XLA's compiled programs.
 
 Each entry is a file whose name is a digest of everything that its content depends on: versions,
 the package's sources, JAX's settings, and what the caller adds. An entry that is missing, damaged or

@@ -125,7 +125,7 @@ class ClassTokenizer:
       names = ' or '.join(f'{self._names[number]} (number {number})' for number in several)
       raise UserError(f'{checks.shown(text)} may be {names}; give the name as it is, or the number')
     known = dict.fromkeys([*self._folded, *self._numbers])
-    # Such as ImageNet's two cranes, whose names go on in parentheses.
+    # Such as ImageNet's two cranes, whose names continue in parentheses.
     close = [name for name in known if name.startswith(f'{text.casefold()} (')][:3]
     close = close or difflib.get_close_matches(text.casefold(), known, 3)
     hint = f'; did you mean {" or ".join(map(repr, close))}?' if close else ''

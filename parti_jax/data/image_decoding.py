@@ -45,7 +45,7 @@ def decode(
 ) -> UInt8[np.ndarray, 'height width 3']:
   """Decodes a picture, crops its central square and resizes it with antialiasing.
 
-  For a size that is no square, the crop is the largest area in the middle that has its shape.
+  For a size that is not square, the crop is the largest area in the middle that has its shape.
 
   Transparent areas become white. The first frame of an animation is used. A readable EXIF
   orientation is applied. Only the upper 8 of 16 bits are used.

@@ -1,4 +1,4 @@
-"""Arrays that networks compute of blocks of pictures, kept in files so that a command can go on.
+"""Arrays that networks compute of blocks of pictures, kept in files so that a command can resume.
 
 A store is a folder with `NAME_000012.npz` for block 12 and, once all blocks are known, `NAME_end.json`
 with their number. Several processes that share the folder fill one store together.

@@ -26,7 +26,7 @@ class DiscriminatorConfig:
 
   Attributes:
     channels: feature maps times height: a block at height h has channels / h feature maps (32,768
-      in configuration F of StyleGAN2: 64 at 512 pixels, 128 at 256). Of pictures that are no squares,
+      in configuration F of StyleGAN2: 64 at 512 pixels, 128 at 256). Of pictures that are not square,
       the shorter side counts as the height.
     max_channels: maximum number of feature maps of a block.
     minibatch_group: number of pictures in a group for the standard deviation that the last block

@@ -1,4 +1,4 @@
-"""Edits of a picture: which of its image tokens are kept while the others are drawn anew.
+"""Edits of a picture: which of its image tokens are kept while the others are redrawn.
 
 Completion, outpainting, inpainting and variations are one thing for a model of image tokens. The
 tokenizer encodes the picture, and the decoding loop takes the kept tokens over instead of sampling
@@ -48,7 +48,7 @@ class Edit:
     how: what was asked for, such as 'keep=top:0.5'.
     name: name of the picture's file; None if it was no file.
     kept: which tokens every picture keeps; None with `vary`.
-    vary: share of tokens that each picture draws anew, at places of its own; None for `kept`.
+    vary: share of tokens that are redrawn, at other places in each picture; None for `kept`.
   """
 
   image: UInt8[np.ndarray, 'height width 3']
@@ -118,7 +118,7 @@ def edit(
     image: an argument of `TextToImage.generate`, as are the next three.
     mask: the mask.
     keep: the side and the share to keep.
-    vary: the share to draw anew.
+    vary: the share to redraw.
     size: height and width of the model's pictures, in pixels; one number for squares.
     grid: rows and columns of image tokens.
 
@@ -137,7 +137,7 @@ def edit(
     return None
   if len(given) != 1:
     raise UserError(
-      'image needs one of mask (draws what it marks anew), keep (such as top:0.5) and vary (such as '
+      'image needs one of mask (redraws what it marks), keep (such as top:0.5) and vary (such as '
       f'0.3); {", ".join(given) if given else "none"} given'
     )
   if keep is not None:
@@ -290,7 +290,7 @@ def _outside(
   if kept.all():
     raise UserError(
       f"the mask marks nothing of the picture's central {'area' if isinstance(size, tuple) else 'square'}"
-      '; white, or transparent, is what is drawn anew'
+      '; white, or transparent, is what is redrawn'
     )
   return kept
 

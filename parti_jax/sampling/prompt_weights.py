@@ -43,7 +43,7 @@ def parsed(prompt: str) -> tuple[str, list[_Span]]:
     The text without weights, and for each weighted part its start and end there and its weight.
 
   Raises:
-    UserError: if a parenthesis is neither part of a weight nor escaped, or a weight is no number from
+    UserError: if a parenthesis is neither part of a weight nor escaped, or a weight isn't a number from
       0 to MOST.
   """
   text, spans = '', []

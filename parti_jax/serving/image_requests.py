@@ -80,7 +80,7 @@ class RequestError(UserError):
 
   Attributes:
     status: the status code of HTTP.
-    field: the field at fault; None if there is no single one.
+    field: the field at fault; None if several are.
     code: a short name of the reason for programs; None if there is none.
   """
 
@@ -220,7 +220,7 @@ def parse_form(
       except (ValueError, RecursionError):
         pass  # What reads the field says what is wrong with it.
   for name in files.keys() - set(FILES):
-    raise RequestError(f'{checks.shown_as_json(name)} is no file of an edit', field=name[:80])
+    raise RequestError(f'{checks.shown_as_json(name)} is not a file of an edit', field=name[:80])
   if 'image' not in files:
     raise RequestError('image is missing, the file of the picture to edit', field='image')
   images = {name: _uploaded(name, data, limits) for name, data in files.items()}

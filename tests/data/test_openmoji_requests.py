@@ -197,7 +197,7 @@ def test_the_plain_requests_of_the_benchmark_are_held_out():
     for known in openmoji_names.names(name)
     if known in text and openmoji_requests.could_make(text, known)
   ]
-  assert possible[:1] == ['a kitchen knife']  # An article alone is no request.
+  assert possible[:1] == ['a kitchen knife']  # An article alone isn't a request.
   # Of the 99 requests of others, which are left out one by one.
   assert set(possible[1:]) <= set(held_out_requests.MORE_REQUESTS) and len(possible) <= 6
   assert openmoji_requests.could_make('draw my shiny old spoon', 'spoon') is False

@@ -215,7 +215,7 @@ def test_the_error_of_the_distance_is_over_captions():
   one, other = (frechet.Gaussian.of(found.values) for found in (sets.generated, sets.real))
   influence = frechet.Influence(one, other).of(sets.generated.values)
   assert row.frechet_error == pytest.approx(influence.std(ddof=1) / 50**0.5)
-  # Twice the same pictures are no more captions.
+  # The same pictures twice don't make more captions.
   twice = np.arange(50).repeat(2)
   doubled = distribution.row(sets, sets.generated[twice], twice)
   assert doubled.frechet_error == pytest.approx(row.frechet_error, rel=0.02)

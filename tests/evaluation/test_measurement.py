@@ -53,7 +53,7 @@ def test_measurements_by_the_same_protocol_are_compared(tmp_path, capsys):
   lines = pair.cells()
   assert lines[1:] == [
     ['FID', 'lower', '12.5000 ± 0.3000', '10.5000 ± 0.4000', '-2.0000', '4.0'],
-    # Deviations between parts are no standard errors.
+    # Deviations between parts are not standard errors.
     ['inception score', 'higher', '7.000 ± 0.200', '8.000 ± 0.100', '+1.000', '-'],
   ]
   assert main.main(['compare', *paths]) == 0

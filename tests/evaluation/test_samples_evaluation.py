@@ -1,4 +1,4 @@
-"""ADM's protocol against independent copies of its formulas, and how its command goes on."""
+"""ADM's protocol against independent copies of its formulas, and how its command resumes."""
 
 import errno
 import functools

@@ -45,7 +45,7 @@ def fixture_arguments():
 def _tokens():
   tokens = np.arange(BATCH * 3, dtype=np.int32).reshape(BATCH, 3)
   tokens[5] = tokens[2]
-  tokens[11, :2] = tokens[10, :2]  # Two of three tokens are no equal text.
+  tokens[11, :2] = tokens[10, :2]  # Two of three equal tokens don't make equal texts.
   return jnp.asarray(tokens)
 
 

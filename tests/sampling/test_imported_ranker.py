@@ -258,7 +258,7 @@ def test_hpsv2s_weights(exported, tmp_path):
   ]
   assert main.main(export) == 0
   assert parti_jax.load(tmp_path / 'm').ranker.file_format == 'hpsv2'
-  # The same weights as open_clip's need to be told their activation, and are cropped.
+  # The same weights as open_clip's need --activation, and are cropped.
   assert _import(tmp_path, tmp_path / 'plain', file_format='open_clip') == 2
   flags = ['--activation=quick_gelu']
   assert _import(tmp_path, tmp_path / 'plain', *flags, file_format='open_clip') == 0

@@ -112,7 +112,7 @@ def test_what_changes_a_program_changes_its_name(tiny_folder, parts, tmp_path, m
       of.generate('red apple', **{'num_images': 2} | settings)
     return names[-1]
 
-  # Arguments that are no part of the program.
+  # Arguments that are not part of the program.
   assert len({draw(), draw(seed=3), draw(temperature=0.5), draw(top_p=0.5)}) == 1
   different = [
     draw(),

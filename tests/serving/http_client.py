@@ -33,7 +33,7 @@ class Client:
     return status, json.loads(body)
 
   def draw(self, **fields):
-    """Returns the status and the content of an answer that is no stream."""
+    """Returns the status and the content of an answer that isn't a stream."""
     status, headers, body = self.request(
       'POST', PATH, json.dumps(fields), {'Content-Type': 'application/json'}
     )

@@ -1,4 +1,4 @@
-"""The modules beside the tests can be imported."""
+"""The modules next to the tests can be imported."""
 
 import pathlib
 import sys

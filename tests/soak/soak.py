@@ -14,7 +14,7 @@ steps of that segment again on another mesh, and what follows is the same only t
 undisturbed run goes back to the same checkpoint too, and both are again the same bit for bit.
 
 Ends at the first end of a segment after the given time, or at once where something differs, with
-status 1. Stopped and started again with the same --work_dir, it goes on. The report is in
+status 1. Stopped and started again with the same --work_dir, it resumes. The report is in
 `report.json`.
 """
 
@@ -78,7 +78,7 @@ class Soak:
   """Two runs of a chain, one of which is disturbed.
 
   Args:
-    folder: where everything is, and from where an earlier soak goes on.
+    folder: where everything is, and from where an earlier soak resumes.
     seed: of what is done to the disturbed run.
     kills: how often each segment is disturbed.
   """
@@ -410,7 +410,7 @@ def main() -> int:
     '--work_dir',
     required=True,
     type=pathlib.Path,
-    help='folder of both runs; an earlier soak in it goes on',
+    help='folder of both runs; an earlier soak in it resumes',
   )
   parser.add_argument(
     '--kills',

@@ -32,7 +32,7 @@ def _data(starter):
 def test_killed_at_random_moments_or_not_a_run_is_the_same(starter, data, objective):
   """Twenty kills: while it starts, reads a checkpoint, writes one, has just written one, draws.
 
-  The other run is compiled anew, so that compiled programs from the cache are compared too.
+  The other run is compiled from scratch, so that compiled programs from the cache are compared too.
   """
   bindings = [
     'train.steps = 60',

@@ -1,4 +1,4 @@
-"""A checkpoint of one mesh goes on with the same losses on any other, for every objective.
+"""A checkpoint of one mesh resumes with the same losses on any other, for every objective.
 
 Takes some minutes: launch/test.sh -m slow tests/soak
 """

@@ -35,7 +35,7 @@ def _caches(tmp_path_factory):
 
 
 def _settle(cache, *bindings):
-  """Settles the task anew, as a new process of t5x would."""
+  """Settles the task again, as a new process of t5x would."""
   gin.clear_config()
   gin.parse_config([f"token_cache.path = '{cache}'", *bindings])
   tasks.register()

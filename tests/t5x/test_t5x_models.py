@@ -172,7 +172,7 @@ def test_loss_is_ours(params, batch):
 
 
 def test_microbatches_are_the_batch(params, batch):
-  """t5x adds the losses and gradients of microbatches up, after it has told the batch's size."""
+  """t5x adds the losses and gradients of microbatches up, after it has given the batch's size."""
 
   def of_parts(microbatches, **kwargs):
     module = parti.Parti(dataclasses.replace(CONFIG, dropout=0.0))

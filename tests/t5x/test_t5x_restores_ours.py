@@ -134,7 +134,7 @@ class Sides:
   def restore_by_t5x(self, path, infer: bool = False, **config):
     """What `t5x.train`, or with `infer` `t5x.infer`, does with an initial checkpoint."""
     initializer = self._initializer(None) if infer else self.initializer
-    # The dtype of t5x's own finetune.gin, and of `t5x.train` whenever it goes on.
+    # The dtype of t5x's own finetune.gin, and of `t5x.train` whenever it resumes.
     restore = utils.RestoreCheckpointConfig(
       path=str(path), mode='specific', dtype='float32', **config
     )
@@ -250,7 +250,7 @@ def test_inference_takes_the_parameters(sides, tmp_path):
 
 
 def test_finetuning_an_exported_model(tmp_path):
-  """Parameters alone do for inference; for training, as in finetune.gin, the optimizer begins anew."""
+  """Parameters alone do for inference; for training, as in finetune.gin, the optimizer starts from scratch."""
   sides = Sides('generator', 'adafactor')
   params = _values(sides.trainer.abstract.params)
   written = (

@@ -76,7 +76,7 @@ def test_a_task_is_created_when_it_is_first_used(cache):
   assert task.output_features['inputs'].vocabulary == tasks.text_vocabulary()
   assert task.output_features['targets'].vocabulary.vocab_size == 40
   assert len(list(mixture.get_dataset(LENGTHS, 'train', shuffle=False, num_epochs=1))) == 5
-  # What is settled stays, as a run's data should; registered anew it follows gin again.
+  # What is settled stays, as a run's data should; registered again it follows gin again.
   cache(6, name='other')
   assert task.num_input_examples('train') == 5
   tasks.register()

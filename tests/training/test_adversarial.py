@@ -175,7 +175,7 @@ def test_the_average_follows_the_tokenizers_weights(run):
   for step, state in enumerate(states[1:]):
     params = {name: state.params[name] for name in tokenizer_objective.PARTS}
     decay = min(0.9, step / (step + 10))
-    # From before the step's revival of codes, whose average begins anew.
+    # From before the step's revival of codes, whose average starts over.
     wanted = (
       params
       if wanted is None

@@ -1,4 +1,4 @@
-"""Super-resolution that goes on from an imported Real-ESRGAN."""
+"""Super-resolution that starts from an imported Real-ESRGAN."""
 
 import re
 

@@ -97,7 +97,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch, gener
   watch.batches, watch.dies_at = [], None
   resumed = _train(tmp_path / 'killed', GENERATOR, *bindings)
 
-  # It went on from the checkpoint at step 4, with the fifth batch.
+  # It resumed from the checkpoint at step 4, with the fifth batch.
   assert len(watch.batches) == 2
   jax.tree.map(np.testing.assert_array_equal, watch.batches, batches[4:])
   states = [_saved_state(tmp_path / name, 6) for name in ('whole', 'killed')]
@@ -246,7 +246,7 @@ def test_more_pictures_than_a_batch_or_fewer_than_asked_for(tmp_path, capsys, to
 
 
 def test_a_run_on_a_mixture(tmp_path, capsys, pictures_folder, tokenizer_bindings):
-  """Counts and measures of each source, also of a run that goes on."""
+  """Counts and measures of each source, also of a run that resumes."""
   bindings = [
     *tokenizer_bindings,
     "train.task = 'mixture_images'",

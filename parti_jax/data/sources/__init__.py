@@ -67,7 +67,7 @@ def configured(name: str, image_size: image_sizes.ImageSize = 64) -> base.Source
   Args:
     name: one of `NAMES`, optionally with a suffix.
     image_size: the size at which OpenMoji and its scenes are rendered unless gin sets one, which it
-      must if the size is no square.
+      must if the size is not square.
 
   Raises:
     UserError: the source is unknown, its path isn't set, or it can't be rendered at the size.

@@ -161,7 +161,7 @@ def configured(
 
   Args:
     size: height and width in pixels at which the pictures are rendered; None for the run's size,
-      which avoids resizing. With a run's size that is no square, it must be given, and the pictures
+      which avoids resizing. With a run's size that is not square, it must be given, and the pictures
       are cropped.
     data_dir: folder of the rendered pictures; None for the default of tensorflow-datasets.
     captions: captions of each picture, of which an epoch uses one. 1 gives only its name and skin

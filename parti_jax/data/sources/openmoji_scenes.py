@@ -111,7 +111,7 @@ def configured(
 
   Args:
     size: height and width in pixels at which the scenes are rendered; None for the run's size,
-      which avoids resizing. With a run's size that is no square, it must be given, and the pictures
+      which avoids resizing. With a run's size that is not square, it must be given, and the pictures
       are cropped.
     train_size: number of training scenes.
     captions: captions of each scene, of which an epoch uses one.

@@ -28,7 +28,7 @@ class Moments:
   """Sums over a set's features, which batches and processes compute separately and then add.
 
   They are kept about the mean (Chan et al. 1979), so that float64 loses nothing where the features'
-  deviations are small beside their mean.
+  deviations are small compared with their mean.
 
   Attributes:
     count: number of pictures.
