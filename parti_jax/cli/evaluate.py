@@ -14,8 +14,8 @@ from parti_jax.cli import evaluate_measurements
 from parti_jax.cli import evaluate_sweep
 from parti_jax.cli import sampling_flags
 from parti_jax.core import checks
-from parti_jax.core import start_cache
 from parti_jax.core import image_sizes
+from parti_jax.core import start_cache
 from parti_jax.core.errors import UserError
 from parti_jax.data import openmoji
 from parti_jax.data import openmoji_grammar
