@@ -9,6 +9,7 @@ from typing import Any
 
 from parti_jax.cli import info_text
 from parti_jax.core import checks
+from parti_jax.core import image_sizes
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
 from parti_jax.exported_model import file_names
@@ -55,9 +56,9 @@ def describe(folder: str, verify: bool = False) -> dict[str, Any]:
   Returns:
     For a run, the result of `run_summary.summarize`. For a model: kind, 'model'; folder; parts,
     {name of a network: {'parameters', 'bytes', 'sizes'}}; alone, the name of the network of a
-    folder that `parti-jax import` wrote, else None; picture_size and upscaled_size in pixels, the
-    latter None without super-resolution; image_tokens of a picture, None if
-    unknown; vocabulary, {'ids', 'bytes'}, where ids is None if the config doesn't state it;
+    folder that `parti-jax import` wrote, else None; picture_size and upscaled_size in
+    pixels, a pair of height and width if the pictures are no squares, the latter None without
+    super-resolution; image_tokens of a picture, None if unknown; vocabulary, {'ids', 'bytes'}, where ids is None if the config doesn't state it;
     stored_as, the parameters' dtype; sampling, the defaults of `generate`; provenance; missing, the
     missing files. What a network alone doesn't have is None.
 
@@ -120,10 +121,10 @@ def _model(folder: str, names: list[str]) -> dict[str, Any]:
   files = {name: file_names.parameter_file(name) for name in parts}
   own = {name: file_names.vocabulary_file(name) for name in parts if config.own_tokenizer(name)}
   pictured = 'tokenizer' if 'tokenizer' in parts else alone
-  side = factor = tokens = None
+  size = factor = tokens = None
   if pictured and 'image_size' in config.entries(pictured):
-    side = config.number(pictured, 'image_size')
-  if side and 'tokenizer' in parts:
+    size = config.image_size(pictured)
+  if size and 'tokenizer' in parts:
     tokens = config.image_tokens()
   if 'super_resolution' in parts:
     factor = config.factor()
@@ -139,8 +140,8 @@ def _model(folder: str, names: list[str]) -> dict[str, Any]:
     'folder': str(folder),
     'parts': parts,
     'alone': alone,
-    'picture_size': side,
-    'upscaled_size': side * factor if side and factor else None,
+    'picture_size': size,
+    'upscaled_size': image_sizes.times(size, factor) if size and factor else None,
     'image_tokens': tokens,
     'vocabulary': vocabulary,
     'stored_as': stored_as,
@@ -182,7 +183,7 @@ class _ModelConfig:
       ):
         raise self._damaged("('grid' of the generator is not a list of numbers)")
       return math.prod(grid) if grid else None
-    return (self.number('tokenizer', 'image_size') // side) ** 2
+    return math.prod(whole // side for whole in image_sizes.sides(self.image_size('tokenizer')))
 
   def factor(self) -> int | None:
     """Returns the factor of upscaling; None if a user's kind of network doesn't state it."""
@@ -220,6 +221,16 @@ class _ModelConfig:
     if not isinstance(found, dict):
       raise self._damaged(f'({name!r} is {checks.shown_as_json(found)}, which is not an object)')
     return found
+
+  def image_size(self, name: str) -> image_sizes.ImageSize:
+    """Returns the size of the pictures of a network."""
+    return checks.typed(
+      f'{self._path}: {name}.image_size',
+      self.entries(name).get('image_size'),
+      image_sizes.ImageSize,
+      1,
+      show=checks.shown_as_json,
+    )
 
   def number(self, name: str, key: str, least: int = 1) -> int:
     """Returns a whole number from the object with a name."""

@@ -6,6 +6,7 @@ import datetime
 import textwrap
 from typing import Any
 
+from parti_jax.core import image_sizes
 from parti_jax.runs import run_summary
 
 _WIDTH = 100
@@ -66,14 +67,19 @@ def _adapters(lora: dict[str, Any] | None) -> str | None:
   return f'{", ".join(values)}, of {targets}; base {lora.get("base")}'
 
 
+def _sides(size: image_sizes.ImageSize) -> str:
+  """Returns height and width of pictures as a text."""
+  return '{}×{}'.format(*image_sizes.sides(size))
+
+
 def model(found: dict[str, Any]) -> list[str]:
   """Returns lines about an exported model from the result of `info.describe`."""
-  side, upscaled = found['picture_size'], found['upscaled_size']
-  picture = f'{side}×{side} pixels' if side else None
+  size, upscaled = found['picture_size'], found['upscaled_size']
+  picture = f'{_sides(size)} pixels' if size else None
   if found['image_tokens']:
     picture = f'{picture} of {found["image_tokens"]} image tokens'
   if upscaled:
-    picture = f'{picture}, {upscaled}×{upscaled} with --upscale'
+    picture = f'{picture}, {_sides(upscaled)} with --upscale'
   total = sum(part['parameters'] for part in found['parts'].values())
   plain = lambda values: ', '.join(f'{name} {value}' for name, value in values.items())
   vocabulary = found['vocabulary']

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from parti_jax.cli import own_plan
 from parti_jax.core import checks
 from parti_jax.core import gin_config
+from parti_jax.core import image_sizes
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
 
@@ -134,9 +135,10 @@ def _plan(args: argparse.Namespace) -> own_plan.Plan:
     )
     _report_cut(model, sources.configured(sources.chosen()).captions('train'))
   plan.save(args.output_dir)
+  height, width = image_sizes.sides(plan.image_size)
   print(
-    f'{plan.examples:,} captioned pictures in {folder}; drawing {plan.image_size} × '
-    f'{plan.image_size} pixels after about {plan.minutes:g} min of training'
+    f'{plan.examples:,} captioned pictures in {folder}; drawing {height} × '
+    f'{width} pixels after about {plan.minutes:g} min of training'
   )
   if plan.examples < 100 and not plan.base:
     print(
@@ -150,7 +152,8 @@ def _check_same(args: argparse.Namespace, plan: own_plan.Plan, folder: str, base
   """Raises UserError if the output folder has the plan of another command."""
   if plan.folder != folder or args.image_size not in (None, plan.image_size):
     raise UserError(
-      f'{args.output_dir} belongs to the pictures in {plan.folder} at {plan.image_size} pixels; '
+      f'{args.output_dir} belongs to the pictures in {plan.folder} at '
+      f'{image_sizes.text(plan.image_size)} pixels; '
       'choose another --output_dir'
     )
   if plan.base != base or (base and args.finetune not in (None, plan.finetune)):
@@ -175,7 +178,8 @@ def _base_model(args: argparse.Namespace, base: str):
   size = model.tokenizer_config.image_size
   if args.image_size not in (None, size):
     raise UserError(
-      f'--image_size={args.image_size}: the model {args.base} draws {size} pixels; leave the flag out'
+      f'--image_size={args.image_size}: the model {args.base} draws {image_sizes.text(size)} pixels; '
+      'leave the flag out'
     )
   return model
 

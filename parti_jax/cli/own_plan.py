@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from parti_jax.core import checks
+from parti_jax.core import image_sizes
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
 
@@ -39,7 +40,7 @@ class Plan:
     folder: folder of the pictures, an absolute path or a URL.
     source: gin bindings of the data.
     examples: number of captioned pictures.
-    image_size: height and width of the generated pictures, in pixels.
+    image_size: height and width of the generated pictures, in pixels; one number for squares.
     sizes: gin bindings of the networks, except those that depend on the vocabulary.
     batch_size: examples per step.
     vocabulary_size: maximum number of ids.
@@ -54,7 +55,7 @@ class Plan:
   folder: str
   source: list[str]
   examples: int
-  image_size: int
+  image_size: image_sizes.ImageSize
   sizes: dict[str, list[str]]
   batch_size: int
   vocabulary_size: int
@@ -83,8 +84,8 @@ def load(output_dir: str) -> Plan | None:
     return None
   try:
     plan = Plan(**storage.read_json(path))
-    checks.typed('image_size', plan.image_size, int, 1)
-    return plan
+    size = checks.typed('image_size', plan.image_size, image_sizes.ImageSize, 1)
+    return dataclasses.replace(plan, image_size=size)
   except (ValueError, TypeError, UserError) as error:
     raise UserError(f'{path} is damaged; remove it, or choose another --output_dir') from error
 
@@ -215,7 +216,7 @@ def finetuning(
   devices: int,
   base: str,
   finetune: str,
-  image_size: int,
+  image_size: image_sizes.ImageSize,
 ) -> Plan:
   """Makes a plan that trains a model further, whose sizes stay.
 
@@ -228,7 +229,7 @@ def finetuning(
     devices: number of devices.
     base: folder of the model.
     finetune: a name in FINETUNE.
-    image_size: height and width of the model's pictures.
+    image_size: height and width of the model's pictures; one number for squares.
 
   Raises:
     UserError: if there are no captions.

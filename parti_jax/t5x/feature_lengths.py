@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from parti_jax.core import image_sizes
 from parti_jax.models import image_tokenizers
 from parti_jax.models import parti_config
 
@@ -12,5 +13,9 @@ def of_parti(config: parti_config.PartiConfig) -> dict[str, int]:
 
 
 def of_tokenizer(config: image_tokenizers.Config) -> dict[str, int]:
-  """Returns the height and width of the pictures in pixels, 'images'."""
-  return {'images': config.image_size}
+  """Returns the height and width of the pictures in pixels, 'images'.
+
+  Raises:
+    UserError: if the pictures are no squares, which only `parti-jax train` supports.
+  """
+  return {'images': image_sizes.square(config.image_size, 't5x trains on', 'use parti-jax train')}

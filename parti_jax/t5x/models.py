@@ -23,6 +23,7 @@ from t5x import models as t5x_models
 
 from parti_jax.core import checks
 from parti_jax.core import errors
+from parti_jax.core import image_sizes
 from parti_jax.data import feature_converter
 from parti_jax.data import vocabulary
 from parti_jax.exported_model import sampling_settings
@@ -397,10 +398,12 @@ class TokenizerModel(t5x_models.BaseModel):
     """Initializes the parameters, their logical axes and the mutables, with t5x's arguments.
 
     Raises:
-      UserError: if the size of the pictures differs from the network's.
+      UserError: if the size of the pictures differs from the network's, or is no square.
     """
     del input_types
-    size = self.objective.model.image_size
+    size = image_sizes.square(
+      self.objective.model.image_size, 't5x trains on', 'use parti-jax train'
+    )
     if input_shapes['images'][1] != size:
       raise errors.UserError(
         f"TASK_FEATURE_LENGTHS['images']={input_shapes['images'][1]} is not "
