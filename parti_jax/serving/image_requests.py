@@ -152,6 +152,10 @@ class Offer:
     height, width = image_sizes.sides(size)
     return f'{width}x{height}'
 
+  def shown(self, upscaled: bool = False) -> str:
+    """Returns `pixels` for people to read."""
+    return self.pixels(upscaled).replace('x', '×')
+
 
 @dataclasses.dataclass(frozen=True)
 class ImageRequest:

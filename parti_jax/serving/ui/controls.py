@@ -81,7 +81,7 @@ class Controls:
     )
     self.upscale = gr.Checkbox(
       False,
-      label=f'Enlarge to {offer.upscaled}×{offer.upscaled}',
+      label='' if offer.upscaled is None else f'Enlarge to {offer.shown(upscaled=True)}',
       visible=offer.upscaled is not None,
       elem_id='upscale',
     )

@@ -54,9 +54,9 @@ class Page:
     """
     self._service = service
     offer = service.offer
-    about = f'{offer.size}×{offer.size} pixels'
+    about = f'{offer.shown()} pixels'
     if offer.upscaled is not None:
-      about += f', or enlarged to {offer.upscaled}×{offer.upscaled}'
+      about += f', or enlarged to {offer.shown(upscaled=True)}'
     title = f'Parti · {offer.model}'
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=_FORGET) as self.blocks:
       gr.Markdown(f'# {title}\n\nPictures of {about}', elem_id='title')
@@ -235,7 +235,6 @@ class Page:
     sampling = {'temperature': temperature, 'top_k': int(top_k), 'top_p': top_p}
     if self._service.sampler.settings.guided:
       sampling['guidance_scale'] = guidance_scale
-    size = self._service.offer.upscaled if upscale else self._service.offer.size
     return image_requests.checked(
       {
         'prompt': prompt,
@@ -243,7 +242,7 @@ class Page:
         'n': int(num_images),
         'seed': 0 if seed is None else int(seed),
         'rank': rank,
-        'size': f'{size}x{size}',
+        'size': self._service.offer.pixels(upscale),
         'stream': True,
         **sampling,
         **more,

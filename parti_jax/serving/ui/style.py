@@ -22,7 +22,7 @@ CSS = """
 .growing { display: grid; gap: 8px; grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)); }
 .growing figure { margin: 0; aspect-ratio: 1; border-radius: 8px; overflow: hidden;
   background: #e0e0e0; }
-.growing img { width: 100%; height: 100%; display: block; }
+.growing img { width: 100%; height: 100%; object-fit: contain; display: block; }
 .growing .waiting { animation: waiting 1.6s ease-in-out infinite; }
 @keyframes waiting { 50% { opacity: .45; } }
 #growing #empty { border: 1px dashed #8888; border-radius: 12px; padding: 90px 20px; text-align: center;
