@@ -11,6 +11,7 @@ from typing import Any
 import parti_jax
 from parti_jax.cli import evaluate_classes
 from parti_jax.cli import evaluate_measurements
+from parti_jax.cli import evaluate_reference
 from parti_jax.cli import evaluate_sweep
 from parti_jax.cli import sampling_flags
 from parti_jax.core import checks
@@ -24,6 +25,7 @@ from parti_jax.evaluation import captions_evaluation
 from parti_jax.evaluation import measurement
 from parti_jax.evaluation import output_folder
 from parti_jax.evaluation import rejection
+from parti_jax.evaluation import samples_evaluation
 from parti_jax.evaluation.datasets import coco
 from parti_jax.evaluation.datasets import localized_narratives
 from parti_jax.evaluation.metrics import features
@@ -48,6 +50,7 @@ _OF_DATASETS: dict[tuple[str, ...], dict[str, Any]] = {
   ('coco', 'localized_narratives'): {'annotations': None, 'pictures': None, 'num_captions': 30_000},
   ('coco',): {'tfds_dir': None},
   ('imagenet',): evaluate_classes.DEFAULTS,
+  evaluate_reference.DATASETS: {'reference': None},
 }
 _NUM_IMAGES = {
   'openmoji': 4,
@@ -172,6 +175,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     help='maximum number of captions, chosen at random (default: 30000)',
   )
   evaluate_classes.add_arguments(parser)
+  evaluate_reference.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -208,7 +212,11 @@ def _point(args: argparse.Namespace, shared: '_Shared') -> list[pathlib.Path]:
   print(report.text())
   files = {f'{name}.png': output_folder.png(page) for name, page in pages.items()}
   measured = measurements_of(args, report, shared)
-  if args.dataset in ('coco', 'localized_narratives'):
+  if measurement.REFERENCE in measured:
+    found = measured[measurement.REFERENCE]
+    print(found.text())
+    files |= samples_evaluation.files(found)
+  elif args.dataset in ('coco', 'localized_narratives'):
     for name, found in measured.items():
       files[_MEASUREMENT_FILES[name]] = found.json().encode()
   files['report.md'] = report.markdown().encode()
@@ -254,9 +262,9 @@ class _Shared:
     return found
 
   @functools.cached_property
-  def against(self) -> evaluate_classes.Against:
-    """The reference that samples of classes are compared with."""
-    return evaluate_classes.Against(self._args, self.model)
+  def against(self) -> evaluate_reference.Against:
+    """The reference that generated pictures are compared with."""
+    return evaluate_reference.Against(self._args, self.model)
 
   @functools.cached_property
   def judge(self) -> openmoji_judge.Judge:
@@ -350,7 +358,9 @@ def _openmoji_scenes(args: argparse.Namespace, shared: _Shared):
 
 def _captions(args: argparse.Namespace, shared: _Shared):
   """Evaluates on captions of pictures; returns the same values as `_openmoji`."""
-  captioned, model, extractors = shared.captioned, shared.model, shared.extractors
+  captioned, model = shared.captioned, shared.model
+  # Networks that can't be read are found before the folder is made.
+  _ = shared.extractors if args.reference is None else shared.against
   folder = output_folder.make(args.output_dir)
   sampling = sampling_flags.overriding(args)
   output_folder.claim(
@@ -367,25 +377,26 @@ def _captions(args: argparse.Namespace, shared: _Shared):
       'ranker': output_folder.ranker_fingerprint(args.ranker if args.num_images > 1 else None),
     },
   )
-  report, shown = captions_evaluation.evaluate(
-    model,
-    captioned,
-    extractors,
-    folder,
-    args.num_images,
-    args.seed,
-    progress=True,
-    batch_size=args.batch_size,
-    real=lambda: shared.real,
+  drawing = {
+    'num_images': args.num_images,
+    'seed': args.seed,
+    'progress': True,
+    'batch_size': args.batch_size,
     **sampling,
-  )
+  }
+  if args.reference is None:
+    report, shown = captions_evaluation.evaluate(
+      model, captioned, shared.extractors, folder, real=lambda: shared.real, **drawing
+    )
+    title = 'for each caption the real picture (left) and the generated one (right)'
+  else:
+    _ = shared.against.store  # Damaged references are found before pictures are drawn.
+    report, shown = captions_evaluation.draw(model, captioned, folder, **drawing)
+    title = 'generated pictures'
   pages = {}
   if shown.captions:
     pages['contact_sheet'] = sheets.sheet(
-      f'{captioned.name}: for each caption the real picture (left) and the generated one (right)',
-      shown.captions,
-      list(zip(shown.real, shown.generated)),
-      columns=4,
+      f'{captioned.name}: {title}', shown.captions, list(zip(*shown.columns)), columns=4
     )
   return report, pages, folder
 
@@ -393,8 +404,11 @@ def _captions(args: argparse.Namespace, shared: _Shared):
 def _rejection(args: argparse.Namespace, shared: _Shared) -> int:
   """Compares the pictures that the ranker accepts at several shares; returns the exit status."""
   rejection.check_ranker(shared.model)
-  if args.dataset == 'imagenet':
-    return _write_rejection(args, *evaluate_classes.rejection_of_classes(args, shared))
+  if args.reference is not None:
+    of_dataset = evaluate_classes.rejection_of_classes
+    if args.dataset != 'imagenet':
+      of_dataset = _rejection_of_captions
+    return _write_rejection(args, *of_dataset(args, shared))
   folder = output_folder.make(args.output_dir)
   sampling = sampling_flags.overriding(args)
   if args.dataset == 'openmoji':
@@ -435,6 +449,21 @@ def _rejection(args: argparse.Namespace, shared: _Shared) -> int:
   return _write_rejection(args, report, measured)
 
 
+def _rejection_of_captions(
+  args: argparse.Namespace, shared: _Shared
+) -> tuple[rejection.Report, dict[str, measurement.Measurement]]:
+  """Compares the pictures of captions that the ranker accepts with --reference."""
+  captioned = shared.captioned
+  captions = list(captioned.captions)
+  return evaluate_reference.compare_accepted(
+    args,
+    shared,
+    rejection.Asked(captioned.name, captions, captions, shared.model.image_size),
+    {'captions': output_folder.fingerprint(*(text.encode() for text in captions))},
+    functools.partial(evaluate_measurements.with_captions, args, shared),
+  )
+
+
 def _write_rejection(
   args: argparse.Namespace,
   report: rejection.Report,
@@ -461,9 +490,16 @@ def _read_captions(args: argparse.Namespace):
   if args.annotations is None:
     if args.dataset == 'coco' and args.pictures is None:
       return coco.read_tfds(args.tfds_dir, args.num_captions, args.seed)
-    raise UserError(f'--dataset={args.dataset} needs --annotations FILE and --pictures DIR')
-  if args.pictures is None or args.tfds_dir is not None:
-    raise UserError('--annotations FILE needs --pictures DIR and excludes --tfds_dir')
+    raise UserError(
+      f'--dataset={args.dataset} needs --annotations FILE, and --pictures DIR or --reference PATH'
+    )
+  if args.tfds_dir is not None:
+    raise UserError('--annotations FILE excludes --tfds_dir')
+  if (args.pictures is None) == (args.reference is None):
+    raise UserError(
+      '--annotations FILE needs either --pictures DIR, the pictures of these captions, or --reference '
+      'PATH, what all generated pictures are compared with'
+    )
   reader = coco if args.dataset == 'coco' else localized_narratives
   return reader.read(args.annotations, args.pictures, args.num_captions, args.seed)
 
@@ -479,9 +515,9 @@ def _check_flags(args: argparse.Namespace):
       if getattr(args, flag) is None:
         setattr(args, flag, default)
       elif args.dataset not in datasets:
-        raise UserError(
-          f'--{flag} only applies to --dataset={" and ".join(datasets)}, not to {args.dataset}'
-        )
+        *others, last = datasets
+        names = f'{", ".join(others)} and {last}' if others else last
+        raise UserError(f'--{flag} only applies to --dataset={names}, not to {args.dataset}')
   if args.num_images is None:
     args.num_images = _NUM_IMAGES[args.dataset]
   counts = (

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
-import pathlib
 from typing import Any
 
-from parti_jax.cli import evaluate_samples
+from parti_jax.cli import evaluate_measurements
+from parti_jax.cli import evaluate_reference
 from parti_jax.cli import sampling_flags
 from parti_jax.core.errors import UserError
 from parti_jax.data import class_names
 from parti_jax.evaluation import class_samples
-from parti_jax.evaluation import feature_blocks
 from parti_jax.evaluation import measurement
 from parti_jax.evaluation import output_folder
 from parti_jax.evaluation import rejection
-from parti_jax.evaluation import samples_evaluation
-from parti_jax.evaluation.datasets import picture_sets
 from parti_jax.sampling import sheets
 
 # Flags that only apply to this data set, with their defaults.
@@ -29,7 +25,6 @@ DEFAULTS: dict[str, Any] = {
   'per_class': 50,
   'samples': ['npz'],
   'sample_size': None,
-  'reference': None,
 }
 
 
@@ -69,13 +64,6 @@ def add_arguments(parser: argparse.ArgumentParser):
     metavar='PIXELS',
     help="height and width of these pictures (default: the model's)",
   )
-  classes.add_argument(
-    '--reference',
-    metavar='PATH',
-    help='also compare the pictures with this .npz or folder of pictures, as `parti-jax evaluate_samples` '
-    "does, over Inception's features with --inception_weights and else over a ranker's; needed for "
-    '--sweep',
-  )
 
 
 def check(args: argparse.Namespace):
@@ -97,84 +85,13 @@ def check(args: argparse.Namespace):
   class_names.read(args.classes).texts(args.label, args.template)
 
 
-class Against:
-  """A reference that samples of classes are compared with, at one setting or at several.
-
-  Args:
-    args: the flags, with the output folder of the whole command.
-    model: the model, whose ranker computes features without --inception_weights.
-
-  Raises:
-    UserError: the reference or the network can't be read, or the reference is an .npz of pictures of
-      another size.
-
-  Attributes:
-    identity: what the features depend on, for the output folder.
-  """
-
-  def __init__(self, args: argparse.Namespace, model):
-    self._reference = samples_evaluation.open_reference(args.reference)
-    self._size = args.sample_size or model.image_size
-    self._forms = args.samples
-    pictures = self._reference.pictures
-    if isinstance(pictures, picture_sets.NpzSet) and pictures.size() != (self._size, self._size):
-      height, width = pictures.size()
-      raise UserError(
-        f'--reference {args.reference} has pictures of {height}×{width} pixels, but the samples have '
-        f'{self._size}×{self._size}; give --sample_size, or a reference of that size'
-      )
-    self._extractor, self._of_features = evaluate_samples.network(args, model=model)
-    self._folder = pathlib.Path(args.output_dir) / 'reference'
-    self.identity = {'reference': self._reference.identity(), 'features': self._of_features}
-
-  @functools.cached_property
-  def store(self) -> feature_blocks.Store:
-    """The features of the reference's pictures, which are computed once.
-
-    Raises:
-      UserError: pictures can't be read, or the folder holds features of another reference.
-    """
-    folder = output_folder.make(str(self._folder))
-    output_folder.claim(folder, {**self.identity, 'image_size': self._size})
-    store = feature_blocks.Store(folder, 'reference')
-    if self._reference.pictures is not None:
-      # Pictures of a folder are cropped and resized where they have another size; the protocol says so.
-      samples_evaluation.compute(
-        self._reference.pictures, self._extractor, store, self._size, progress='reference'
-      )
-    return store
-
-  def measure(self, folder: pathlib.Path) -> measurement.Measurement:
-    """Compares the samples in a folder, and writes measurement.json and measurement.md there."""
-    form = 'npz' if 'npz' in self._forms else 'png'
-    name = {'npz': class_samples.NPZ_FILE, 'png': class_samples.PNG_FOLDER}[form]
-    samples = picture_sets.open_path(str(folder / name))
-    found = self.measured(samples, folder / 'measured' / form)
-    for _ in samples_evaluation.write(folder, found):
-      pass
-    return found
-
-  def measured(
-    self, samples: picture_sets.PictureSet, folder: pathlib.Path
-  ) -> measurement.Measurement:
-    """Compares samples, and keeps their features in a folder."""
-    place = output_folder.make(str(folder))
-    output_folder.claim(place, {'samples': samples.identity(), 'features': self._of_features})
-    store = feature_blocks.Store(place, 'samples')
-    samples_evaluation.compute(samples, self._extractor, store, None, progress='samples')
-    return samples_evaluation.evaluate(
-      samples, self._reference, self._extractor, self._of_features, (store, self.store)
-    )
-
-
-def claim(args: argparse.Namespace, shared) -> dict[str, Any]:
+def claim(args: argparse.Namespace) -> dict[str, Any]:
   """Returns what the points of a sweep depend on besides the flags of all data sets."""
   texts = class_names.read(args.classes).texts(args.label, args.template)
   return {
     'classes': output_folder.fingerprint(*(text.encode() for text in texts)),
     'per_class': args.per_class,
     'sample_size': args.sample_size,
-    **shared.against.identity,
   }
 
 
@@ -213,57 +130,21 @@ def rejection_of_classes(
       can't be written or holds another run.
   """
   classes, texts = _texts(args, shared.model)
-  names = classes.texts('name', args.template)
-  claimed = claim(args, shared)
-  folder = output_folder.make(args.output_dir)
-  sampling = sampling_flags.overriding(args)
-  output_folder.claim(
-    folder,
-    {
-      'dataset': args.dataset,
-      'rejection': True,
-      'num_images': args.num_images,
-      'seed': args.seed,
-      'label': args.label,
-      'template': args.template,
-      'sampling': sampling | sampling_flags.given_precision(args),
-      'model': output_folder.model_fingerprint(args.model),
-      'ranker': output_folder.ranker_weights(args.ranker or args.model),
-      **claimed,
-    },
+  asked = rejection.Asked(
+    'samples of classes',
+    texts * args.per_class,
+    classes.texts('name', args.template) * args.per_class,
+    shared.against.size,
   )
-  _ = shared.against.store
+  claimed = {'label': args.label, 'template': args.template, **claim(args)}
 
-  def measure(share: float, accepted: rejection.AcceptedSet) -> measurement.Measurement:
-    place = folder / 'measured' / accepted.identity()[:16]
-    found = shared.against.measured(accepted, place)
-    drawn = {
-      'model': args.model or 'demo',
-      'weights': output_folder.model_fingerprint(args.model),
-      'seed': args.seed,
-      'num_images': args.num_images,
-      'share': share,
-      'accepted': rejection.accepted_count(share, args.num_images),
-      'ranker': output_folder.ranker_weights(args.ranker or args.model),
-      'sampling': sampling | sampling_flags.given_precision(args),
-    }
+  def complete(found: measurement.Measurement) -> measurement.Measurement:
+    drawn = evaluate_measurements.subject_of(
+      args, args.seed, args.num_images, shared.model.image_size
+    )
     return dataclasses.replace(found, subject={**found.subject, **drawn})
 
-  return rejection.of_classes(
-    shared.model,
-    texts,
-    names,
-    args.per_class,
-    folder,
-    args.rejection,
-    args.num_images,
-    args.sample_size or shared.model.image_size,
-    measure,
-    args.seed,
-    progress=True,
-    batch_size=args.batch_size,
-    **sampling,
-  )
+  return evaluate_reference.compare_accepted(args, shared, asked, claimed, complete)
 
 
 def run(args: argparse.Namespace, shared):

@@ -7,6 +7,7 @@ pictures ('judge') or in the features over which they were compared as a set ('i
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Mapping
@@ -22,6 +23,8 @@ from parti_jax.evaluation import class_samples
 from parti_jax.evaluation import measurement
 from parti_jax.evaluation import output_folder
 from parti_jax.evaluation import rejection
+from parti_jax.evaluation.datasets import captioned_pictures
+from parti_jax.evaluation.datasets import generated_set
 from parti_jax.evaluation.datasets import picture_sets
 from parti_jax.evaluation.metrics import distribution
 from parti_jax.evaluation.metrics import features
@@ -44,7 +47,7 @@ def of_openmoji(
     report: the report.
     shared: has the model, the judge and the extractors, `evaluate._Shared`.
   """
-  subject = _subject(args, report.seed, report.num_images, report.image_size)
+  subject = subject_of(args, report.seed, report.num_images, report.image_size)
   real = _of_emoji(shared)
   found = {}
   for split in report.splits:
@@ -77,7 +80,7 @@ def of_scenes(
 ) -> dict[str, measurement.Measurement]:
   """Returns the measurements of an evaluation on scenes; the arguments are those of `of_openmoji`."""
   del shared
-  subject = _subject(args, report.seed, report.num_images, report.image_size)
+  subject = subject_of(args, report.seed, report.num_images, report.image_size)
   settings = openmoji_scenes.Settings(of_seen_names=args.of_seen_names)
   found = {}
   for split in report.splits:
@@ -112,8 +115,11 @@ def of_classes(
   """
   found = {}
   if args.reference is not None:
-    found['reference'] = shared.against.measure(pathlib.Path(args.output_dir))
-    print(found['reference'].text())
+    folder = pathlib.Path(args.output_dir)
+    form = 'npz' if 'npz' in args.samples else 'png'
+    name = {'npz': class_samples.NPZ_FILE, 'png': class_samples.PNG_FOLDER}[form]
+    samples = picture_sets.open_path(str(folder / name))
+    found[measurement.REFERENCE] = shared.against.measure(samples, folder / 'measured' / form)
   if report.recognized is None:
     return found
   values = {
@@ -129,7 +135,7 @@ def of_classes(
       'per_class': report.per_class,
       'features': _ranker_protocol(args),
     },
-    _subject(args, report.seed, report.num_images, report.model_image_size)
+    subject_of(args, report.seed, report.num_images, report.model_image_size)
     | {'label': report.label, 'texts': report.texts},
     {
       name: measurement.Value(one.mean, one.error, '' if one.error is None else _OVER_CLASSES)
@@ -149,7 +155,9 @@ def of_captions(
     report: the report.
     shared: has the captions, the real pictures and the extractors, `evaluate._Shared`.
   """
-  subject = _subject(args, report.seed, report.num_images, report.model_image_size)
+  if args.reference is not None:
+    return _of_captions_against_reference(args, report, shared)
+  subject = subject_of(args, report.seed, report.num_images, report.model_image_size)
   found = {}
   for table, extractor in zip(report.distributions, shared.extractors):
     found[_kind(extractor)] = _as_set(
@@ -169,6 +177,62 @@ def of_captions(
   return found
 
 
+def _of_captions_against_reference(
+  args: argparse.Namespace, report: captions_evaluation.Report, shared
+) -> dict[str, measurement.Measurement]:
+  """Returns how the pictures compare with --reference, and their alignment by the ranker."""
+  folder = pathlib.Path(args.output_dir)
+  shards = captions_evaluation.generated(folder, shared.captioned)
+  samples = generated_set.GeneratedSet(str(shards.folder), shards, report.model_image_size)
+  compared = shared.against.measure(samples, folder / 'measured' / 'generated')
+  found = {measurement.REFERENCE: with_captions(args, shared, compared)}
+  for table in report.distributions:
+    row = table.rows['generated']
+    found['ranker'] = measurement.Measurement(
+      'captions',
+      {
+        **_of_captions(shared.captioned),
+        'pictures': row.pictures,
+        'features': _ranker_protocol(args),
+      },
+      subject_of(args, report.seed, report.num_images, report.model_image_size),
+      measurement.of_row(row, inception=False),
+      table.remarks,
+    )
+  return found
+
+
+def with_captions(
+  args: argparse.Namespace, shared, found: measurement.Measurement
+) -> measurement.Measurement:
+  """Adds the captions to the protocol of a comparison with a reference, and what drew the pictures.
+
+  Args:
+    args: the flags.
+    shared: has the captions and the model, `evaluate._Shared`.
+    found: the comparison.
+  """
+  captioned = shared.captioned
+  skipped = [captions_evaluation.skipped_text(captioned.skipped)] if captioned.skipped else []
+  drawn = subject_of(args, args.seed, args.num_images, shared.model.image_size)
+  return dataclasses.replace(
+    found,
+    kind='captions',
+    protocol={**_of_captions(captioned), **found.protocol},
+    subject={**found.subject, **drawn},
+    remarks=[*skipped, *found.remarks],
+  )
+
+
+def _of_captions(captioned: captioned_pictures.Captioned) -> dict[str, Any]:
+  """Returns what a protocol says of captions."""
+  return {
+    'dataset': captioned.name,
+    'captions': len(captioned.captions),
+    'digest': _digest(captioned.captions),
+  }
+
+
 def of_rejection(
   args: argparse.Namespace,
   report: rejection.Report,
@@ -183,7 +247,7 @@ def of_rejection(
     comparisons: what it compares with.
     shared: has the real pictures and the extractors, `evaluate._Shared`.
   """
-  subject = _subject(args, report.seed, report.num_images, shared.model.image_size)
+  subject = subject_of(args, report.seed, report.num_images, shared.model.image_size)
   found = {}
   tables = iter(report.tables)
   for comparison in comparisons:
@@ -260,9 +324,17 @@ def _kind(extractor: features.Extractor) -> str:
   return 'inception' if isinstance(extractor, features.Inception) else 'ranker'
 
 
-def _subject(
+def subject_of(
   args: argparse.Namespace, seed: int, num_images: int, picture_size: int
 ) -> dict[str, Any]:
+  """Returns what drew the pictures.
+
+  Args:
+    args: the flags.
+    seed: seed of the pictures.
+    num_images: pictures drawn for each prompt.
+    picture_size: their height and width, in pixels.
+  """
   return {
     'model': args.model or 'demo',
     'weights': output_folder.model_fingerprint(args.model),

@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default='evaluation_samples',
     metavar='DIR',
     help='output folder of measurement.json and measurement.md, and of the features, with which an '
-    'interrupted command goes on (default: %(default)s)',
+    'interrupted command resumes (default: %(default)s)',
   )
   distributed.add_arguments(parser)
   distributed.add_worker(parser)
@@ -100,6 +100,9 @@ def _run(args: argparse.Namespace, connect: Callable[[], tuple[int, int]], toget
     )
   worker = connect()
   extractor, of_features = network(args)
+  if reference is not None:
+    size = args.image_size or (samples.size() or (extractor.image_size,))[0]
+    samples_evaluation.check_network(reference, extractor, size)
   folder = output_folder.make(args.output_dir)
   output_folder.claim(
     folder,

@@ -147,7 +147,7 @@ def run(
     UserError: the model has nothing to compare pictures with, or the output folder can't be written or
       holds another run.
   """
-  if args.dataset != 'imagenet' and not shared.extractors:
+  if args.reference is None and not shared.extractors:
     raise UserError(
       f'--sweep: the model {shared.model.model_name} has no ranker whose features could be used to '
       'compare pictures; give --inception_weights or --ranker'
@@ -165,7 +165,7 @@ def run(
       evaluate(
         argparse.Namespace(**(vars(args) | chosen | {'output_dir': str(place), 'sweep': None}))
       )
-    reports.append((chosen, _read(place / _REPORT)))
+    reports.append((chosen, _read(place / _REPORT, args.reference is not None)))
   measured = {
     _name(chosen): _measurements(folder / 'points' / _name(chosen), report)
     for chosen, report in reports
@@ -197,7 +197,7 @@ def _measurements(
   """Returns the measurements of a point: {name: (file, measurement)}."""
   path = place / _REPORT
   found = {name: (str(path), one) for name, one in measurement.of_report(str(path), report).items()}
-  # The reports of older versions have none, but those of captions have files beside them.
+  # The reports of older versions have none, but those of captions have files next to them.
   for file in [] if found else sorted(place.glob('measurement*.json')):
     name = 'ranker' if file.stem.endswith('_ranker') else 'inception'
     found[name] = str(file), measurement.read(str(file))
@@ -232,28 +232,41 @@ def _claim(args: argparse.Namespace, shared) -> dict[str, Any]:
     'model': output_folder.model_fingerprint(args.model),
     'ranker': output_folder.ranker_fingerprint(args.ranker),
   }
+  if args.reference is not None:
+    claim |= shared.against.identity
+  else:
+    claim |= {
+      'features': [extractor.name for extractor in shared.extractors],
+      'inception_weights': next(
+        (found.digest for found in shared.extractors if isinstance(found, features.Inception)), None
+      ),
+    }
   if args.dataset == 'imagenet':
-    return claim | evaluate_classes.claim(args, shared)
-  claim |= {
-    'features': [extractor.name for extractor in shared.extractors],
-    'inception_weights': next(
-      (found.digest for found in shared.extractors if isinstance(found, features.Inception)), None
-    ),
-  }
-  if args.dataset != 'openmoji':
+    claim |= evaluate_classes.claim(args)
+  elif args.dataset != 'openmoji':
     captions = shared.captioned.captions
     claim['captions'] = output_folder.fingerprint(*(text.encode() for text in captions))
   return claim
 
 
-def _read(path: pathlib.Path) -> Mapping[str, Any]:
+def _read(path: pathlib.Path, against_reference: bool) -> Mapping[str, Any]:
   """Returns the content of a point's report."""
   try:
     with path.open('rb') as file:
       content = json.loads(file.read(_MAX_REPORT))
     sweep.curves([({}, content)])
+    if (measurement.REFERENCE in content.get(measurement.MEASUREMENTS, {})) != against_reference:
+      raise ValueError
     return content
-  except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+  except (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+    UserError,
+  ) as error:
     raise UserError(
       f'{path} is damaged; delete it, and the sweep evaluates this point again'
     ) from error

@@ -48,7 +48,7 @@ class Report:
     dataset: name of the data set.
     captions: number of captions compared.
     captions_available: number of captions in the data set.
-    pictures: number of real pictures with these captions.
+    pictures: number of real pictures with these captions; None if a reference is in their place.
     skipped: reason -> captions skipped.
     captions_cut: captions longer than the model's text length.
     num_images: pictures generated for each caption; the ranker's best of them is compared.
@@ -61,7 +61,7 @@ class Report:
   dataset: str
   captions: int
   captions_available: int
-  pictures: int
+  pictures: int | None
   skipped: Mapping[str, int]
   captions_cut: int
   num_images: int
@@ -76,9 +76,10 @@ class Report:
     best = (
       f"the ranker's best of {self.num_images} pictures" if self.num_images > 1 else 'one picture'
     )
+    of_pictures = '' if self.pictures is None else f', of {self.pictures:,} pictures'
     lines = [
-      f'{self.captions:,} of {self.captions_available:,} captions of {self.dataset}, of '
-      f'{self.pictures:,} pictures; {best} for each, generated at '
+      f'{self.captions:,} of {self.captions_available:,} captions of {self.dataset}'
+      f'{of_pictures}; {best} for each, generated at '
       f'{self.model_image_size}x{self.model_image_size} pixels, seed {self.seed}, '
       f'sampling: {settings or "as the model is configured"}.'
     ]
@@ -88,11 +89,7 @@ class Report:
         'and is therefore optimistic.'
       )
     if self.skipped:
-      lines.append(
-        'Skipped: '
-        + ', '.join(f'{count:,} captions ({reason})' for reason, count in self.skipped.items())
-        + '.'
-      )
+      lines.append(skipped_text(self.skipped))
     if self.captions_cut:
       lines.append(f"{self.captions_cut:,} captions exceeded the model's text length and were cut.")
     return [*lines, *distribution_report.notes(self.distributions)]
@@ -124,13 +121,24 @@ class Report:
     )
 
 
+def skipped_text(skipped: Mapping[str, int]) -> str:
+  """Returns a sentence on captions that were left out: {reason: number}."""
+  reasons = ', '.join(f'{count:,} captions ({reason})' for reason, count in skipped.items())
+  return f'Skipped: {reasons}.'
+
+
 @dataclasses.dataclass(frozen=True)
 class Shown:
-  """Pictures of a contact sheet, all of one size."""
+  """Pictures of a contact sheet, all of one size; `real` is None if a reference is in their place."""
 
   captions: Sequence[str]
-  real: UInt8[np.ndarray, 'captions height width 3']
+  real: UInt8[np.ndarray, 'captions height width 3'] | None
   generated: UInt8[np.ndarray, 'captions height width 3']
+
+  @property
+  def columns(self) -> list[UInt8[np.ndarray, 'captions height width 3']]:
+    """The real pictures, if there are any, and the generated ones."""
+    return [self.generated] if self.real is None else [self.real, self.generated]
 
 
 def evaluate(
@@ -167,7 +175,7 @@ def evaluate(
       damaged.
   """
   sampling = {name: value for name, value in sampling.items() if value is not None}
-  shards = picture_shards.PictureShards(folder / 'generated', captioned.captions)
+  shards = generated(folder, captioned)
   shards.draw(model, num_images, progress, seed=seed, batch_size=batch_size, **sampling)
   found = RealPictures(model, captioned, extractors, progress) if real is None else real()
   damaged = collections.Counter(
@@ -177,7 +185,7 @@ def evaluate(
   captions = [caption for caption, keep in zip(captioned.captions, kept) if keep]
   tables = []
   for extractor, (of_real, of_reconstruction) in zip(extractors, found.features):
-    generated = features_lib.extract(
+    of_generated = features_lib.extract(
       extractor, _bar(shards.batches(), 'generated pictures', progress, len(captioned.captions))
     )
     tables.append(
@@ -186,7 +194,7 @@ def evaluate(
         distribution.Sets(
           of_real,
           of_reconstruction,
-          generated[np.flatnonzero(kept)],
+          of_generated[np.flatnonzero(kept)],
           caption_of=np.arange(len(captions)),
           picture_of=picture_of,
           texts=extractor.texts(captions),
@@ -210,6 +218,67 @@ def evaluate(
     distributions=tables,
   )
   return report, _shown(captioned, kept, shards, found.shown)
+
+
+def draw(
+  model,
+  captioned: captioned_pictures.Captioned,
+  folder: pathlib.Path,
+  num_images: int = 1,
+  seed: int = 0,
+  progress: bool = False,
+  batch_size: int | None = None,
+  **sampling,
+) -> tuple[Report, Shown]:
+  """Generates the pictures that `folder` doesn't have yet, to be compared with a reference.
+
+  Args:
+    model: as in `evaluate`.
+    captioned: the captions, of which the pictures are not read.
+    folder: as in `evaluate`.
+    num_images: as in `evaluate`.
+    seed: as in `evaluate`.
+    progress: as in `evaluate`.
+    batch_size: as in `evaluate`.
+    **sampling: as in `evaluate`.
+
+  Returns:
+    The report, whose only table is the alignment by the model's ranker, if it has one; and some
+    pictures for a contact sheet.
+
+  Raises:
+    UserError: a ranker is needed but missing, or a shard is damaged.
+  """
+  sampling = {name: value for name, value in sampling.items() if value is not None}
+  shards = generated(folder, captioned)
+  shards.draw(model, num_images, progress, seed=seed, batch_size=batch_size, **sampling)
+  tables = []
+  if model.ranker is not None:
+    ranker = features_lib.RankerFeatures(model.ranker, model.model_name)
+    bar = _bar(shards.batches(), 'generated pictures', progress, len(captioned.captions))
+    tables.append(distribution.fit(ranker, features_lib.extract(ranker, bar), captioned.captions))
+  report = Report(
+    dataset=captioned.name,
+    captions=len(captioned.captions),
+    captions_available=captioned.available,
+    pictures=None,
+    skipped=captioned.skipped,
+    captions_cut=shards.captions_cut(),
+    num_images=num_images,
+    model_image_size=model.image_size,
+    seed=seed,
+    sampling=sampling,
+    distributions=tables,
+  )
+  first = next(shards.batches())[:_SHOWN]
+  return report, Shown(captioned.captions[: len(first)], None, first)
+
+
+def generated(
+  folder: pathlib.Path, captioned: captioned_pictures.Captioned
+) -> picture_shards.PictureShards:
+  """Returns the generated pictures in an output folder."""
+  return picture_shards.PictureShards(folder / 'generated', captioned.captions)
 
 
 class RealPictures:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import abc
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable
@@ -9,6 +11,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence
 from typing import Any
 
+from parti_jax.evaluation import measurement
 from parti_jax.evaluation import tables
 from parti_jax.evaluation.metrics import distribution
 
@@ -100,3 +103,64 @@ def text(table: distribution.Distribution) -> str:
 def markdown(table: distribution.Distribution) -> str:
   """Renders a table and its remarks in Markdown."""
   return '\n\n'.join([title(table), tables.markdown(cells(table)), *table.remarks])
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared(abc.ABC):
+  """Several sets of generated pictures that were compared with the same ones over the same features.
+
+  Attributes:
+    pictures: name of what they were compared with.
+    features: description of the features.
+    dim: number of features; None against a reference.
+    reported: remarks of the measurements against a reference.
+  """
+
+  pictures: str
+  features: str
+  dim: int | None
+  reported: Sequence[str] = dataclasses.field(default=(), kw_only=True)
+
+  @property
+  @abc.abstractmethod
+  def rows(self) -> list[distribution.Row]:
+    """The row of each set."""
+
+  @abc.abstractmethod
+  def cells(self) -> list[list[str]]:
+    """Returns a header, and a line for each set."""
+
+  @property
+  def title(self) -> str:
+    return f'{self.pictures}, over features: {self.features}'
+
+  def remarks(self) -> list[str]:
+    """Returns why distances are unreliable, if they are."""
+    if self.dim is None:
+      return list(self.reported)
+    return distribution.row_remarks(self.rows[0], self.dim)
+
+  def text(self) -> str:
+    """Renders the table and its remarks for a terminal."""
+    return '\n'.join([self.title, tables.text(self.cells()), *self.remarks()])
+
+  def markdown(self) -> str:
+    """Renders the table and its remarks in Markdown, below a heading."""
+    return '\n\n'.join([f'## {self.title}', tables.markdown(self.cells()), *self.remarks()])
+
+
+def against_reference(
+  name: str, measured: Sequence[measurement.Measurement]
+) -> tuple[tuple[str, str, None], list[str]]:
+  """Returns what sets that were compared with a reference have in common.
+
+  Args:
+    name: what the pictures are.
+    measured: the measurement of each set.
+
+  Returns:
+    The arguments of `Compared`: (pictures, features, dim), and `reported`.
+  """
+  subject = measured[0].subject
+  remarks = dict.fromkeys(remark for one in measured for remark in one.remarks)
+  return (f'{name} against {subject["reference"]}', subject['network'], None), list(remarks)

@@ -35,6 +35,8 @@ from parti_jax.evaluation.metrics import distribution
 
 SCHEMA = 'parti_jax.measurement.1'
 MEASUREMENTS = 'measurements'
+# Name of the measurement against a reference, in reports.
+REFERENCE = 'reference'
 # Between the path of a report and the name of one of its measurements.
 _CHOICE = '#'
 # Maximum number of entries of a protocol, or of names of measurements, that a message names.
@@ -195,6 +197,12 @@ def row_of(found: Measurement) -> distribution.Row:
     recall=None if recall is None else recall.value,
     inception_score=None if score is None else distribution.Estimate(score.value, score.error),
   )
+
+
+def alignment_of(found: Mapping[str, Measurement]) -> distribution.Estimate | None:
+  """Returns the alignment among a report's measurements; None without a ranker."""
+  values = [one.values['alignment'] for one in found.values() if 'alignment' in one.values]
+  return distribution.Estimate(values[0].value, values[0].error) if values else None
 
 
 def with_measurements(report: str, found: Mapping[str, Measurement]) -> str:

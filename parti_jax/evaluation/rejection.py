@@ -9,11 +9,9 @@ of the accepted ones of each caption, at random, as the smallest share accepts.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import pathlib
 from collections.abc import Callable
-from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 
@@ -29,8 +27,8 @@ from parti_jax.evaluation import captions_evaluation
 from parti_jax.evaluation import distribution_report
 from parti_jax.evaluation import line_chart
 from parti_jax.evaluation import measurement
-from parti_jax.evaluation import tables
 from parti_jax.evaluation.datasets import captioned_pictures
+from parti_jax.evaluation.datasets import generated_set
 from parti_jax.evaluation.datasets import picture_sets
 from parti_jax.evaluation.datasets import picture_shards
 from parti_jax.evaluation.metrics import distribution
@@ -71,36 +69,22 @@ class Share:
 
 
 @dataclasses.dataclass(frozen=True)
-class Table:
+class Table(distribution_report.Compared):
   """All shares over one set of real pictures and one kind of features.
 
   Attributes:
-    pictures: name of the set.
-    features: description of the features.
-    dim: number of features; None for samples of classes.
     shares: the shares, ascending.
-    reported: remarks of the shares' measurements, for samples of classes.
   """
 
-  pictures: str
-  features: str
-  dim: int | None
   shares: Sequence[Share]
-  reported: Sequence[str] = ()
 
   @property
-  def title(self) -> str:
-    return f'{self.pictures}, over features: {self.features}'
-
-  def remarks(self) -> list[str]:
-    """Returns why distances are unreliable, if they are."""
-    if self.dim is None:
-      return list(self.reported)
-    return distribution.row_remarks(self.shares[0].row, self.dim)
+  def rows(self) -> list[distribution.Row]:
+    return [share.row for share in self.shares]
 
   def cells(self) -> list[list[str]]:
     """Returns a header, and a line for each share."""
-    columns, values = distribution_report.value_cells([share.row for share in self.shares])
+    columns, values = distribution_report.value_cells(self.rows)
     lines = [['share', 'accepted', 'compared', *columns]]
     for share, cells in zip(self.shares, values):
       counts = [f'{share.share:g}', str(share.accepted), f'{share.row.pictures:,}']
@@ -146,17 +130,12 @@ class Report:
 
   def text(self) -> str:
     """Renders the tables for a terminal."""
-    blocks = [
-      '\n'.join([table.title, tables.text(table.cells()), *table.remarks()])
-      for table in self.tables
-    ]
+    blocks = [table.text() for table in self.tables]
     return '\n\n'.join([*blocks, '\n'.join(self.notes())]) + '\n'
 
   def markdown(self) -> str:
     """Renders the tables in Markdown."""
-    blocks = ['# Rejection']
-    for table in self.tables:
-      blocks += [f'## {table.title}', tables.markdown(table.cells()), *table.remarks()]
+    blocks = ['# Rejection', *(table.markdown() for table in self.tables)]
     return '\n\n'.join([*blocks, *self.notes()]) + '\n'
 
   def json(self) -> str:
@@ -314,80 +293,44 @@ def evaluate(
   return Report(ranker, num_images, compared, seed, sampling, cut, found)
 
 
-class AcceptedSet(picture_sets.PictureSet):
-  """The accepted samples that are compared at a share.
+@dataclasses.dataclass(frozen=True)
+class Asked:
+  """What is drawn for a comparison with a reference.
 
-  Args:
-    place: what they are, for reports.
-    shards: all generated pictures.
-    chosen: which of them to compare.
-    size: height and width to resize to, in pixels.
+  Attributes:
+    name: what the samples are, for the title.
+    texts: the texts for the model.
+    names: for each of them, what the ranker reads.
+    size: height and width of the samples, in pixels.
   """
 
-  def __init__(
-    self,
-    place: str,
-    shards: picture_shards.PictureShards,
-    chosen: Bool[np.ndarray, 'captions num_images'],
-    size: int,
-  ):
-    self.place, self._shards, self._size = place, shards, size
-    self._chosen = chosen.reshape(-1)
-
-  @property
-  def count(self) -> int:
-    return int(self._chosen.sum())
-
-  def size(self) -> tuple[int, int]:
-    return self._size, self._size
-
-  def identity(self) -> str:
-    return hashlib.sha256(np.packbits(self._chosen).tobytes()).hexdigest()
-
-  def blocks(
-    self, size: int | None, wanted: Callable[[int], bool]
-  ) -> Iterator[picture_sets.Block | None]:
-    start, index = 0, 0
-    waiting = np.zeros((0, self._size, self._size, 3), np.uint8)
-    for batch in self._shards.batches():
-      kept = batch[self._chosen[start : start + len(batch)]]
-      start += len(batch)
-      if len(kept):
-        waiting = np.concatenate([waiting, features_lib.resized(kept, self._size)])
-      last = start == len(self._chosen)
-      while len(waiting) >= picture_sets.BLOCK or (last and len(waiting)):
-        images, waiting = waiting[: picture_sets.BLOCK], waiting[picture_sets.BLOCK :]
-        yield picture_sets.block_of(images) if wanted(index) else None
-        index += 1
+  name: str
+  texts: Sequence[str]
+  names: Sequence[str]
+  size: int
 
 
-def of_classes(
+def against_reference(
   model,
-  texts: Sequence[str],
-  names: Sequence[str],
-  per_class: int,
+  asked: Asked,
   folder: pathlib.Path,
   shares: Sequence[float],
   num_images: int,
-  size: int,
-  measure: Callable[[float, AcceptedSet], measurement.Measurement],
+  measure: Callable[[float, picture_sets.PictureSet], measurement.Measurement],
   seed: int = 0,
   progress: bool = False,
   batch_size: int | None = None,
   **sampling,
 ) -> tuple[Report, dict[str, measurement.Measurement]]:
-  """Generates pictures of classes, and compares the accepted ones with a reference.
+  """Generates the pictures that the folder doesn't have yet, and compares the accepted ones.
 
   Args:
     model: the result of `parti_jax.load`, with a ranker.
-    texts: the text of each class for the model.
-    names: the text of each class for the ranker.
-    per_class: times that each class is asked for; `num_images` are drawn each time.
+    asked: what is drawn, `num_images` pictures for each text.
     folder: stores the generated pictures; another run may continue there.
     shares: as in `evaluate`.
     num_images: pictures among which the ranker accepts.
-    size: height and width at which they are compared, in pixels.
-    measure: compares the accepted pictures of a share.
+    measure: compares the accepted pictures of a share with the reference.
     seed: as in `evaluate`.
     progress: as in `evaluate`.
     batch_size: as in `evaluate`.
@@ -402,37 +345,28 @@ def of_classes(
   check_ranker(model)
   counts = [accepted_count(share, num_images) for share in shares]
   compared = min(counts)
-  asked = [text for _ in range(per_class) for text in texts]
-  known = [name for _ in range(per_class) for name in names for _ in range(num_images)]
   shards = picture_shards.PictureShards(
-    folder / 'generated', [text for text in asked for _ in range(num_images)]
+    folder / 'generated', [text for text in asked.texts for _ in range(num_images)]
   )
   shards.draw(model, 1, progress, seed=seed, batch_size=batch_size, **sampling)
+  known = [name for name in asked.names for _ in range(num_images)]
   scores = _scores(model, known, shards).reshape(-1, num_images)
   extractor = features_lib.RankerFeatures(model.ranker, model.model_name)
-  cosines = _cosines(extractor, names, num_images, shards)
+  cosines = _cosines(extractor, asked.names, num_images, shards)
   found: dict[str, measurement.Measurement] = {}
   rows: list[distribution.Row] = []
-  remarks: list[str] = []
-  pictures, network = '', ''
   for share, count in zip(shares, counts):
     chosen = choose(scores, count, compared, seed)
-    accepted = AcceptedSet(f'{folder}, share {share:g}', shards, chosen, size)
-    one = found[f'share={share:g}/reference'] = measure(share, accepted)
+    place = f'{folder}, share {share:g}'
+    accepted = generated_set.GeneratedSet(place, shards, asked.size, chosen)
+    one = found[f'share={share:g}/{measurement.REFERENCE}'] = measure(share, accepted)
     # Over askings, since the pictures of one are chosen together.
-    of_asking = cosines.reshape(chosen.shape)[chosen].reshape(len(asked), compared).mean(axis=1)
-    error = float(of_asking.std(ddof=1) / len(asked) ** 0.5) if len(asked) > 1 else None
+    of_asking = cosines.reshape(chosen.shape)[chosen].reshape(-1, compared).mean(axis=1)
+    error = float(of_asking.std(ddof=1) / len(of_asking) ** 0.5) if len(of_asking) > 1 else None
     alignment = distribution.Estimate(float(of_asking.mean()), error)
     rows.append(dataclasses.replace(measurement.row_of(one), alignment=alignment))
-    remarks += one.remarks
-    pictures, network = one.subject['reference'], one.subject['network']
-  table = Table(
-    f'samples of classes against {pictures}',
-    network,
-    None,
-    [Share(*values) for values in zip(shares, counts, rows)],
-    list(dict.fromkeys(remarks)),
-  )
+  common, remarks = distribution_report.against_reference(asked.name, list(found.values()))
+  table = Table(*common, [Share(*values) for values in zip(shares, counts, rows)], reported=remarks)
   cut = shards.captions_cut() // num_images
   return Report(extractor.name, num_images, compared, seed, sampling, cut, [table]), found
 
@@ -443,15 +377,17 @@ def _cosines(
   num_images: int,
   shards: picture_shards.PictureShards,
 ) -> Float64[np.ndarray, 'pictures']:
-  """Returns the cosine of each picture and the text of its class."""
-  of_texts = extractor.texts(names)
-  assert of_texts is not None
-  of_texts /= np.linalg.norm(of_texts, axis=1, keepdims=True)
+  """Returns the cosine of each picture and its text."""
+  index_of = {name: index for index, name in enumerate(dict.fromkeys(names))}
+  of_names = extractor.texts(list(index_of))
+  assert of_names is not None
+  of_names /= np.linalg.norm(of_names, axis=1, keepdims=True)
+  own = np.array([index_of[name] for name in names]).repeat(num_images)
   start, found = 0, []
   for batch in shards.batches():
     values = features_lib.extract(extractor, [batch]).values
-    own = of_texts[(start + np.arange(len(batch))) // num_images % len(names)]
-    found.append(np.einsum('pd,pd->p', values, own) / np.linalg.norm(values, axis=1))
+    texts = of_names[own[start : start + len(batch)]]
+    found.append(np.einsum('pd,pd->p', values, texts) / np.linalg.norm(values, axis=1))
     start += len(batch)
   return np.concatenate(found).astype(np.float64)
 

@@ -317,6 +317,31 @@ def evaluate(
   )
 
 
+def check_network(reference: Reference, extractor: features_lib.Extractor, size: int) -> None:
+  """Raises UserError if a reference has statistics of other features than a network's.
+
+  Args:
+    reference: the reference.
+    extractor: the network.
+    size: height and width of the samples, in pixels.
+  """
+  if not reference.statistics:
+    return
+  found = features_lib.extract(extractor, [np.zeros((1, size, size, 3), np.uint8)])
+  for name, gaussian in reference.statistics.items():
+    values = getattr(found, name)
+    if values is not None:
+      _check_features(f'--reference {reference.place}', gaussian, values.shape[1])
+
+
+def _check_features(place: str, gaussian: frechet.Gaussian, dim: int) -> None:
+  if len(gaussian.mean) != dim:
+    raise UserError(
+      f"{place} has statistics of {len(gaussian.mean):,} features, but the network's are {dim:,}; it was "
+      'made with another network'
+    )
+
+
 def _reference_protocol(reference: Reference, of_reference: Facts | None) -> dict[str, Any]:
   found: dict[str, Any] = {}
   if reference.statistics:
@@ -381,11 +406,7 @@ def distance(
   if other is None:
     return None, ['left out, since the reference has no statistics of these features.']
   dim, count = len(one.mean), sum(map(len, store.arrays(name)))
-  if len(other.mean) != dim:
-    raise UserError(
-      f"the reference has statistics of {len(other.mean):,} features, but the network's are {dim:,}; "
-      'it was made with another network'
-    )
+  _check_features('the reference', other, dim)
   value = frechet.distance(one, other)
   least = count if other_count is None else min(count, other_count)
   if least <= dim:
@@ -501,8 +522,16 @@ def statistics_file(store: feature_blocks.Store, place: str) -> bytes:
   return buffer.getvalue()
 
 
+def files(found: measurement.Measurement) -> dict[str, bytes]:
+  """Returns the files of a measurement: {name: content}."""
+  return {
+    'measurement.json': found.json().encode(),
+    'measurement.md': found.markdown().encode(),
+  }
+
+
 def write(folder: pathlib.Path, found: measurement.Measurement) -> Iterator[pathlib.Path]:
-  """Writes measurement.json and measurement.md; yields their paths."""
-  for name, content in (('measurement.json', found.json()), ('measurement.md', found.markdown())):
-    output_folder.write(folder / name, content.encode())
+  """Writes the files of a measurement; yields their paths."""
+  for name, content in files(found).items():
+    output_folder.write(folder / name, content)
     yield folder / name

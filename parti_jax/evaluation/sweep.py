@@ -19,7 +19,6 @@ from parti_jax.core import checks
 from parti_jax.evaluation import distribution_report
 from parti_jax.evaluation import line_chart
 from parti_jax.evaluation import measurement
-from parti_jax.evaluation import tables
 from parti_jax.evaluation.metrics import distribution
 
 _NOTE = (
@@ -47,37 +46,23 @@ class Point:
 
 
 @dataclasses.dataclass(frozen=True)
-class Curve:
+class Curve(distribution_report.Compared):
   """The points over one set of real pictures and one kind of features.
 
   Attributes:
-    pictures: name of the set of pictures.
-    features: description of the features.
-    dim: number of features; None for samples of classes.
     points: the points, in the order of the sweep.
-    reported: remarks of the points' measurements, for samples of classes.
   """
 
-  pictures: str
-  features: str
-  dim: int | None
   points: Sequence[Point]
-  reported: Sequence[str] = ()
 
   @property
-  def title(self) -> str:
-    return f'{self.pictures}, over features: {self.features}'
-
-  def remarks(self) -> list[str]:
-    """Returns why distances are unreliable, if they are."""
-    if self.dim is None:
-      return list(self.reported)
-    return distribution.row_remarks(self.points[0].row, self.dim)
+  def rows(self) -> list[distribution.Row]:
+    return [point.row for point in self.points]
 
   def cells(self) -> list[list[str]]:
     """Returns a header, and a line for each point; the lowest distance has a star."""
     names = list(self.points[0].settings)
-    columns, values = distribution_report.value_cells([point.row for point in self.points])
+    columns, values = distribution_report.value_cells(self.rows)
     lines = [[*names, 'pictures', *columns]]
     least = self.lowest()
     for point, cells in zip(self.points, values):
@@ -136,17 +121,12 @@ class Report:
 
   def text(self) -> str:
     """Renders the tables for a terminal."""
-    blocks = [
-      '\n'.join([curve.title, tables.text(curve.cells()), *curve.remarks()])
-      for curve in self.curves
-    ]
+    blocks = [curve.text() for curve in self.curves]
     return '\n\n'.join([*blocks, f'* the lowest. {_NOTE}']) + '\n'
 
   def markdown(self) -> str:
     """Renders the tables in Markdown."""
-    blocks = ['# Sweep']
-    for curve in self.curves:
-      blocks += [f'## {curve.title}', tables.markdown(curve.cells()), *curve.remarks()]
+    blocks = ['# Sweep', *(curve.markdown() for curve in self.curves)]
     return '\n\n'.join([*blocks, f'\\* the lowest. {_NOTE}']) + '\n'
 
   def json(self) -> str:
@@ -167,8 +147,8 @@ def curves(reports: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> li
   Args:
     reports: the settings of each point, and the content of its report.json.
   """
-  if any('recognized' in report for _, report in reports):
-    return [_of_classes(reports)]
+  if any(measurement.REFERENCE in _measured(report) for _, report in reports):
+    return [_against_reference(reports)]
   found: dict[tuple[str, str, int], list[Point]] = {}
   for settings, report in reports:
     for name, distributions in _sets(report):
@@ -181,23 +161,25 @@ def curves(reports: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> li
   return [Curve(*key, points) for key, points in found.items()]
 
 
-def _of_classes(reports: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> Curve:
-  """Returns the curve of samples of classes, which were compared with one reference."""
+def _against_reference(
+  reports: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
+) -> Curve:
+  """Returns the curve of pictures that were compared with a reference."""
+  measured = [_measured(report) for _, report in reports]
   points: list[Point] = []
-  remarks: list[str] = []
-  pictures, network = '', ''
-  for settings, report in reports:
-    measured = measurement.of_report('report', report)['reference']
-    aligned = report['recognized']
-    row = dataclasses.replace(
-      measurement.row_of(measured),
-      alignment=aligned and distribution.Estimate(**aligned['alignment']),
-    )
+  for (settings, _), found in zip(reports, measured):
+    row = measurement.row_of(found[measurement.REFERENCE])
+    if aligned := measurement.alignment_of(found):
+      row = dataclasses.replace(row, alignment=aligned)
     points.append(Point(settings, row))
-    remarks += measured.remarks
-    pictures, network = measured.subject['reference'], measured.subject['network']
-  title = f'samples of classes against {pictures}'
-  return Curve(title, network, None, points, list(dict.fromkeys(remarks)))
+  name = reports[0][1].get('dataset', 'samples of classes')
+  compared = [found[measurement.REFERENCE] for found in measured]
+  common, remarks = distribution_report.against_reference(name, compared)
+  return Curve(*common, points, reported=remarks)
+
+
+def _measured(report: Mapping[str, Any]) -> dict[str, measurement.Measurement]:
+  return measurement.of_report('report', report)
 
 
 def _sets(report: Mapping[str, Any]) -> list[tuple[str, Sequence[Mapping[str, Any]]]]:

@@ -9,6 +9,7 @@ import pytest
 
 from parti_jax.core.errors import UserError
 from parti_jax.data.openmoji import Picture
+from parti_jax.evaluation.metrics import features
 from parti_jax.exported_model import sampling_settings
 from parti_jax.sampling import text_to_image
 
@@ -68,6 +69,21 @@ class FakeRanker:
 
   def text_features(self, texts):
     return self.image_features(np.stack([self.draw(text, 0) for text in texts]))
+
+
+class FakeInception:
+  """Projects pixels to 3 features, 2 spatial ones and 4 logits."""
+
+  name, image_size, resizes, digest = 'Inception', 299, True, 'ab' * 32
+
+  def __init__(self, path, image_size, spatial, resize):
+    assert image_size is None and spatial and resize == 'tensorflow1'
+
+  def __call__(self, images):
+    pixels = images.reshape(len(images), -1)
+    weights = np.random.default_rng(7).normal(size=(pixels.shape[1], 9)) / 500
+    found = (pixels @ weights).astype(np.float32)
+    return features.Features(found[:, :3], found[:, 3:7], found[:, 7:])
 
 
 class FakePipeline:

@@ -245,8 +245,13 @@ def test_without_features_to_compare(pipeline, flags, tmp_path):
   'arguments, message',
   [
     (['--dataset=cocoa'], "unknown data set 'cocoa'; choose from openmoji, openmoji_scenes, coco"),
-    (['--dataset=localized_narratives'], 'needs --annotations FILE and --pictures DIR'),
-    (['--dataset=coco', '--annotations=a'], '--annotations FILE needs --pictures DIR'),
+    (['--dataset=localized_narratives'], 'needs --annotations FILE, and --pictures DIR or'),
+    (['--dataset=coco', '--annotations=a'], '--annotations FILE needs either --pictures DIR'),
+    (
+      ['--dataset=coco', '--annotations=a', '--pictures=b', '--reference=c'],
+      '--annotations FILE needs either --pictures DIR',
+    ),
+    (['--dataset=coco', '--annotations=a', '--tfds_dir=b'], 'excludes --tfds_dir'),
     (
       ['--dataset=coco', '--splits', 'train'],
       '--splits only applies to --dataset=openmoji and openmoji_scenes, not to coco',

@@ -181,7 +181,7 @@ def test_the_best_of_several_by_the_ranker(pipeline, flags, tmp_path):
     (['--dataset=imagenet', '--sample_size=0'], '--sample_size'),
     (['--dataset=imagenet', '--sweep', 'top_p=1'], 'needs --reference PATH'),
     (['--dataset=imagenet', '--rejection', '1'], 'needs --reference PATH'),
-    (['--reference=x'], '--reference only applies to --dataset=imagenet'),
+    (['--reference=x'], '--dataset=coco, localized_narratives and imagenet, not to openmoji'),
   ],
 )
 def test_bad_flags(pipeline, tmp_path, flags_given, message):
@@ -321,24 +321,10 @@ def test_references_that_do_not_fit(pipeline, flags, tmp_path):
   assert not (tmp_path / 'out').exists() and not pipeline.generated
 
 
-class FakeInception:
-  """Projects pixels to 3 features, 2 spatial ones and 4 logits."""
-
-  name, image_size, resizes, digest = 'Inception', fakes.SIZE, True, 'ab' * 32
-
-  def __init__(self, path, image_size, spatial, resize):
-    assert path == __file__ and image_size is None and spatial and resize == 'tensorflow1'
-    self.weights = np.random.default_rng(7).normal(size=(3 * fakes.SIZE**2, 9)) / 500
-
-  def __call__(self, images):
-    found = (images.reshape(len(images), -1) @ self.weights).astype(np.float32)
-    return features.Features(found[:, :3], found[:, 3:7], found[:, 7:])
-
-
 def test_a_sweep_against_statistics_over_inceptions_features(
   pipeline, flags, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(features, 'Inception', FakeInception)
+  monkeypatch.setattr(features, 'Inception', fakes.FakeInception)
   reference = tmp_path / 'statistics.npz'
   np.savez(reference, mu=np.zeros(3), sigma=np.eye(3), mu_s=np.zeros(2), sigma_s=np.eye(2))
   out = tmp_path / 'out'

@@ -60,7 +60,7 @@ class Captioned:
     name: name of the data set.
     captions: texts, in the order of generation.
     picture_of: the index in `pictures` of each caption's picture.
-    pictures: the pictures of these captions, without repetition.
+    pictures: the pictures of these captions, without repetition; none if only captions are read.
     available: number of captions to choose from.
     skipped: reason -> number of unusable captions.
   """
@@ -144,13 +144,15 @@ def identity(value: object) -> str | None:
   return str(value).strip() or None
 
 
-def of_files(name: str, captions: Captions, folder: str, limit: int, seed: int) -> Captioned:
+def of_files(name: str, captions: Captions, folder: str | None, limit: int, seed: int) -> Captioned:
   """Chooses among captions of picture files.
 
   Args:
     name: name of the data set.
-    captions: captions with their picture's file, None if it is missing.
-    folder: the folder of the pictures, for the message.
+    captions: captions with their picture's file, None if it is missing; without a folder, with
+      anything that tells pictures apart.
+    folder: the folder of the pictures; None to read only captions. The same captions are chosen as
+      with a folder of all pictures.
     limit: maximum number of captions.
     seed: seed of the choice.
 
@@ -170,14 +172,14 @@ def of_files(name: str, captions: Captions, folder: str, limit: int, seed: int) 
   files = {path: index for index, path in enumerate(dict.fromkeys(path for _, path in kept))}
   chosen = choose([files[path] for _, path in kept], limit, seed)
   shown = [kept[index] for index in chosen]
-  paths = sorted({path for _, path in shown}, key=lambda path: files[path])
+  paths = sorted({path for _, path in shown}, key=files.__getitem__)
   index_of = {path: index for index, path in enumerate(paths)}
   missing = collections.Counter({'no picture file': available - len(kept)})
   return Captioned(
     name,
     [caption for caption, _ in shown],
     np.array([index_of[path] for _, path in shown]),
-    PictureFiles(paths),
+    PictureFiles([] if folder is None else paths),
     available,
     dict(+(captions.skipped + missing)),
   )

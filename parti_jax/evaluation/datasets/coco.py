@@ -24,12 +24,14 @@ _FILE = 'the file captions_val2014.json of MS-COCO'
 _TFDS_SPLIT = 'val+test+restval'
 
 
-def read(annotations: str, pictures: str, limit: int, seed: int) -> captioned_pictures.Captioned:
+def read(
+  annotations: str, pictures: str | None, limit: int, seed: int
+) -> captioned_pictures.Captioned:
   """Reads captions from the annotation file and chooses among them.
 
   Args:
     annotations: path of the file.
-    pictures: path of the folder with the picture files.
+    pictures: path of the folder with the picture files; None to read only captions.
     limit: maximum number of captions.
     seed: seed of the choice.
 
@@ -42,7 +44,7 @@ def read(annotations: str, pictures: str, limit: int, seed: int) -> captioned_pi
   """
   content = _load(annotations)
   names = _file_names(content['images'], annotations)
-  there = captioned_pictures.names_in(pictures)
+  there = set() if pictures is None else captioned_pictures.names_in(pictures)
   captions = captioned_pictures.Captions()
   for number, annotation in enumerate(content['annotations'], 1):
     location = f'{annotations}, annotations, entry {number}'
@@ -50,6 +52,9 @@ def read(annotations: str, pictures: str, limit: int, seed: int) -> captioned_pi
     if identity not in names:
       raise UserError(f'{location}: image_id {identity} is not among its images')
     name = names[identity]
+    if pictures is None:
+      captions.add(annotation.get('caption'), name)
+      continue
     path = pathlib.Path(pictures, name)
     found = path.is_file() if '/' in name else name in there
     captions.add(annotation.get('caption'), path if found else None)

@@ -23,14 +23,16 @@ NAME = 'Localized Narratives'
 _MAX_LINE = 2**24
 
 
-def read(annotations: str, pictures: str, limit: int, seed: int) -> captioned_pictures.Captioned:
+def read(
+  annotations: str, pictures: str | None, limit: int, seed: int
+) -> captioned_pictures.Captioned:
   """Reads narratives and chooses among them.
 
   Args:
     annotations: path of the file.
     pictures: path of the folder with the picture files; their names are those of MS-COCO 2017
       (000000137576.jpg) or 2014 (COCO_val2014_000000137576.jpg), or the `image_id` with an
-      extension.
+      extension. None to read only narratives.
     limit: maximum number of narratives.
     seed: seed of the choice.
 
@@ -41,13 +43,16 @@ def read(annotations: str, pictures: str, limit: int, seed: int) -> captioned_pi
     UserError: the file or the folder can't be read, a line is incomplete, no caption is usable, or
       no picture file exists.
   """
-  there = captioned_pictures.names_in(pictures)
+  there = set() if pictures is None else captioned_pictures.names_in(pictures)
   captions = captioned_pictures.Captions()
   for number, line in _lines(annotations):
     row = _parse(line, f'{annotations}, line {number}')
     identity = captioned_pictures.identity(row.get('image_id'))
     if identity is None:
       raise UserError(f"{annotations}, line {number}: it has no whole number or string 'image_id'")
+    if pictures is None:
+      captions.add(row.get('caption'), identity)
+      continue
     name = next((name for name in _file_names(identity) if name in there), None)
     captions.add(row.get('caption'), name and pathlib.Path(pictures, name))
   captions.check(annotations)

@@ -2,7 +2,7 @@
 
 `arr_0` of an .npz is uint8 [pictures, height, width, 3], as ADM's evaluator reads it; `arr_1` may have
 classes. Of a folder, all pictures below it are taken in the order of their paths. A set is read in
-blocks of `BLOCK` pictures, so that it is never in memory as a whole and an interrupted command goes on
+blocks of `BLOCK` pictures, so that it is never in memory as a whole and an interrupted command resumes
 at the next block. A picture that can't be decoded keeps its place and is counted.
 """
 
@@ -372,9 +372,9 @@ def _size(content: bytes) -> tuple[int, int]:
   return image.height, image.width
 
 
-def block_of(images: UInt8[np.ndarray, 'pictures height width 3']) -> Block:
-  """Returns a block of pictures that are in memory, unchanged since they were generated."""
-  return _block(images, {}, ('uint8 array',), 0)
+def block_of(images: UInt8[np.ndarray, 'pictures height width 3'], resized: bool) -> Block:
+  """Returns a block of generated pictures, all of which were resized or none."""
+  return _block(images, {}, ('uint8 array',), len(images) if resized else 0)
 
 
 def _block(

@@ -220,13 +220,40 @@ def measure(name: str, sets: Sets, seed: int = 0) -> Distribution:
     rows['real_half'] = _row(real[other_half], real[half])
   dim = real.values.shape[1]
   num_captions = len(np.unique(sets.caption_of)) if sets.texts is not None else None
-  remarks = _remarks(rows, dim, num_captions, scored=generated.logits is not None)
-  if sets.texts_cut:
-    remarks.append(
-      f'Alignment: {sets.texts_cut:,} captions are longer than the text length of the ranker, which '
-      'compares their beginnings.'
-    )
+  remarks = _remarks(rows, dim, scored=generated.logits is not None)
+  if num_captions is not None:
+    remarks += _alignment_remarks(num_captions, sets.texts_cut)
   return Distribution(name, dim, rows, remarks)
+
+
+def fit(
+  extractor: features_lib.Extractor,
+  generated: features_lib.Features,
+  captions: Sequence[str],
+) -> Distribution:
+  """Measures how well generated pictures fit their captions, without real pictures.
+
+  Args:
+    extractor: the features of a ranker.
+    generated: features of one generated picture for each caption.
+    captions: the captions.
+
+  Returns:
+    A table with the row 'generated', which has no distance.
+  """
+  no_pictures = generated[:0]
+  sets = Sets(
+    no_pictures,
+    no_pictures,
+    generated,
+    caption_of=np.arange(len(captions)),
+    picture_of=np.arange(len(captions)),
+    texts=extractor.texts(captions),
+    published=extractor.published(captions),
+  )
+  row = Row(len(generated), **_fit(sets, generated, sets.caption_of))
+  remarks = _alignment_remarks(len(captions), extractor.cut(captions))
+  return Distribution(extractor.name, generated.values.shape[1], {'generated': row}, remarks)
 
 
 def row(
@@ -263,13 +290,12 @@ def row_remarks(row: Row, dim: int) -> list[str]:
   ]
 
 
-def _remarks(rows: Mapping[str, Row], dim: int, captions: int | None, scored: bool) -> list[str]:
+def _remarks(rows: Mapping[str, Row], dim: int, scored: bool) -> list[str]:
   """Reports values that are unreliable or missing because there are too few pictures.
 
   Args:
     rows: key of ROWS -> row.
     dim: number of features.
-    captions: number of captions in the alignment; None without alignment.
     scored: whether the features have an inception score.
 
   Returns:
@@ -312,10 +338,26 @@ def _remarks(rows: Mapping[str, Row], dim: int, captions: int | None, scored: bo
     )
   if 'real_half' not in rows:
     found.append('Halves: omitted, since there are too few pictures.')
-  if captions is not None and captions < FEW_PROMPTS:
+  return found
+
+
+def _alignment_remarks(captions: int, texts_cut: int) -> list[str]:
+  """Reports what makes an alignment rough.
+
+  Args:
+    captions: number of captions.
+    texts_cut: number of them that are longer than the ranker's text length.
+  """
+  found = []
+  if captions < FEW_PROMPTS:
     found.append(
       f'Alignment: over fewer than {FEW_PROMPTS} captions ({captions}) the standard '
       'error is rough, and for one caption it is undefined.'
+    )
+  if texts_cut:
+    found.append(
+      f'Alignment: {texts_cut:,} captions are longer than the text length of the ranker, which '
+      'compares their beginnings.'
     )
   return found
 
