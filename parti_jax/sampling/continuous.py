@@ -1,9 +1,7 @@
 """Continuous batching: pictures join and leave a running batch while it is sampled.
 
-A server's prompts arrive one at a time. `ContinuousSampler` keeps a batch of a fixed number of slots
-on the devices and advances all of them by a few tokens per call of a compiled program. Between two
-calls, pictures that are finished leave their slots and waiting ones take them. The programs are
-those of `slots`; this module decides what they compute and when.
+A server's prompts arrive one at a time. `ContinuousSampler` takes them from any thread, and has a
+thread of its own that samples a batch with a fixed number of slots, a `running_batch.RunningBatch`.
 """
 
 from __future__ import annotations
@@ -11,23 +9,17 @@ from __future__ import annotations
 import atexit
 import collections
 import concurrent.futures
-import dataclasses
 import threading
 from collections.abc import Callable
-from collections.abc import Iterator
 from collections.abc import Sequence
-from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Int32
-from jaxtyping import UInt8
 
 from parti_jax.core import checks
-from parti_jax.core import numerics
 from parti_jax.core.errors import UserError
 from parti_jax.exported_model import sampling_settings
-from parti_jax.sampling import slots as slots_lib
+from parti_jax.sampling import running_batch
 from parti_jax.sampling import text_to_image
 
 # Samplers whose threads have not ended; they must before Python does.
@@ -35,70 +27,6 @@ _OPEN: set[ContinuousSampler] = set()
 
 # Number of tokens per call, at most. Fewer let prompts join sooner, more save overhead on the host.
 _MOST_PER_CALL = 8
-# Texts are encoded, and pictures decoded, in batches of sizes that differ by this factor.
-_BETWEEN_SIZES = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class Preview:
-  """A picture whose first rows are sampled.
-
-  Attributes:
-    image: the picture; below these rows it is blank, of the gray `slots.BLANK`.
-    rows: number of rows of image tokens that are there.
-    of_rows: number of rows of image tokens of the whole picture.
-  """
-
-  image: UInt8[np.ndarray, 'height width 3']
-  rows: int
-  of_rows: int
-
-
-@dataclasses.dataclass(eq=False)
-class _Request:
-  """A picture to sample; the fields are arguments of `ContinuousSampler.submit`, as checked.
-
-  Previews follow once the numbers of tokens in `preview_at` are there.
-  """
-
-  prompt: str
-  text: Int32[np.ndarray, 'text_length']
-  other: Int32[np.ndarray, 'text_length'] | None
-  seed: int
-  image_index: int
-  settings: sampling_settings.SamplingSettings
-  future: concurrent.futures.Future[text_to_image.Result]
-  on_preview: Callable[[Preview], None] | None = None
-  preview_at: tuple[int, ...] = ()
-  negative: str | None = None
-  kept: Int32[np.ndarray, 'image_length'] | None = None
-  settled: bool = False
-
-  def settle(self) -> bool:
-    """Returns whether the future waits for a result or an error, which it must then be given.
-
-    It doesn't if it is cancelled, or has failed before, such as by an error of `on_preview`.
-    """
-    waits = not self.settled and self.future.set_running_or_notify_cancel()
-    self.settled = True
-    return waits
-
-
-@dataclasses.dataclass(frozen=True)
-class _Previewed:
-  """Requests with previews, and the rows and pixels, which devices may still compute."""
-
-  requests: list[_Request]
-  rows: list[int]
-  images: jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class _Drawn:
-  """Requests whose tokens are complete, and their tokens and pixels, which devices may still compute."""
-
-  requests: list[_Request]
-  arrays: tuple[jax.Array, jax.Array]
 
 
 class ContinuousSampler:
@@ -143,25 +71,16 @@ class ContinuousSampler:
         message names it.
     """
     self._model = model
-    self._place = model.place
     self._config = model.config
-    length = self._config.image_length
     self.settings = _supported(model.sampling.replace(**sampling))
-    self.batch_size = self._place.divisible(checks.count('batch_size', batch_size))
-    self.tokens_per_call = _divisor(tokens_per_call, length)
-    self._statics = {'config': self._config, 'guided': self.settings.guided}
-    self._sizes = _sizes(self.batch_size, self._place.divisible(1))
-
-    # What follows belongs to the thread alone, up to the condition.
-    self._slots: slots_lib.Slots | None = None
-    self._requests = slots_lib.Requests.empty(self.batch_size, length)
-    self._running: list[_Request | None] = [None] * self.batch_size
-    self._drawn: list[_Drawn] = []
-    self._previewed: list[_Previewed] = []
-    self._reached: Any = None
-
+    self.batch_size = model.place.divisible(checks.count('batch_size', batch_size))
+    self.tokens_per_call = _divisor(tokens_per_call, self._config.image_length)
+    # Belongs to the thread alone.
+    self._batch = running_batch.RunningBatch(
+      model, self.batch_size, self.tokens_per_call, self.settings.guided
+    )
     self._changed = threading.Condition()
-    self._waiting: collections.deque[_Request] = collections.deque()
+    self._waiting: collections.deque[running_batch.Request] = collections.deque()
     self._closed = False
     self._thread = threading.Thread(target=self._work, name='parti_jax sampling', daemon=True)
     self._thread.start()
@@ -172,7 +91,7 @@ class ContinuousSampler:
     prompt: str,
     seed: int = 0,
     image_index: int = 0,
-    on_preview: Callable[[Preview], None] | None = None,
+    on_preview: Callable[[running_batch.Preview], None] | None = None,
     previews: int | None = None,
     negative: str | None = None,
     kept=None,
@@ -210,14 +129,14 @@ class ContinuousSampler:
     if previews is not None:
       previews = checks.whole_number('previews', previews, 0, checks.LARGEST_INT32)
     settings = _supported(self.settings.replace(**sampling))
-    if settings.guided and not self._statics['guided']:
+    if settings.guided and not self.settings.guided:
       raise UserError(
         f'guidance_scale={settings.guidance_scale:g} needs the pass without text, which this sampler '
         'leaves out because its own guidance_scale is 1; create it with another one'
       )
     text = self._model.encode_prompts([prompt])
     other = None if negative is None else self._model.encode_negative(negative, settings)
-    request = _Request(
+    request = running_batch.Request(
       prompt,
       text[0],
       other,
@@ -255,7 +174,7 @@ class ContinuousSampler:
   @property
   def running(self) -> int:
     """Number of slots that are taken."""
-    return sum(request is not None for request in self._running)
+    return self._batch.count
 
   @property
   def closed(self) -> bool:
@@ -277,7 +196,7 @@ class ContinuousSampler:
         self._waiting.clear()
       self._changed.notify_all()
     for request in dropped:
-      _drop(request)
+      request.drop()
     if wait and threading.current_thread() is not self._thread:
       self._thread.join()
 
@@ -291,234 +210,38 @@ class ContinuousSampler:
     """Samples until the sampler is closed and nothing is left to do; the thread's function."""
     try:
       while self._wait_for_work():
-        self._turn()
-    except BaseException as error:  # A fault of this module: nobody may wait for ever.
-      self._fail(self._taken(), error)
+        self._step()
+    except BaseException as error:  # A fault of this package: nobody may wait forever.
+      self._batch.fail(error)
       with self._changed:
         self._closed = True
         left = list(self._waiting)
         self._waiting.clear()
-      self._fail(left + [request for drawn in self._drawn for request in drawn.requests], error)
+      for request in left:
+        request.fail(error)
       raise
     finally:
       _OPEN.discard(self)
 
   def _wait_for_work(self) -> bool:
     """Waits until there is something to do; returns False once there never will be."""
-    busy = lambda: self._waiting or self._taken() or self._drawn or self._previewed
+    busy = lambda: self._batch.busy or bool(self._waiting)
     with self._changed:
       self._changed.wait_for(lambda: busy() or self._closed)
-      return bool(busy())
+      return busy()
 
-  def _turn(self) -> None:
-    """Lets pictures leave and join, and advances all slots by one call."""
-    for slot, request in enumerate(self._running):
-      if request is not None and request.future.cancelled():
-        _drop(request)
-        self._running[slot] = None
-    before, previewed = len(self._drawn), len(self._previewed)
-    try:
-      self._admit()
-      if self._taken():
-        self._advance()
-    except Exception as error:  # The memory of the slots may be gone.
-      self._slots = self._reached = None
-      self._fail(self._taken(), error)
-    # Only now, so that the devices have work while pictures are copied.
-    for _ in range(previewed):
-      self._hand_out_previews(self._previewed.pop(0))
-    for _ in range(before):
-      self._hand_out(self._drawn[0])
-      del self._drawn[0]
+  def _step(self) -> None:
+    self._batch.step(self._next_requests)
 
-  def _admit(self) -> None:
-    """Gives free slots to waiting pictures."""
-    free = [slot for slot, request in enumerate(self._running) if request is None]
+  def _next_requests(self, count: int) -> list[running_batch.Request]:
+    """Returns the `count` pictures that have waited longest, or fewer; they then wait no more."""
     with self._changed:
       asked = list(self._waiting)
       kept = [request for request in asked if not request.future.cancelled()]
-      admitted = kept[: len(free)]
-      self._waiting = collections.deque(kept[len(free) :])
+      self._waiting = collections.deque(kept[count:])
     for request in set(asked).difference(kept):
-      _drop(request)
-    for slot, request in zip(free, admitted):
-      self._running[slot] = request
-    for slot, request in zip(free, admitted):
-      self._requests.set(slot, request.seed, request.image_index, request.settings, request.kept)
-    for start, size, count in _pieces(len(admitted), self._sizes):
-      self._join(admitted[start : start + count], free[start : start + count], size)
-
-  def _join(self, requests: list[_Request], into: list[int], size: int) -> None:
-    """Encodes the texts of pictures, as a batch of `size`, and writes them into their slots."""
-    texts = np.zeros([size, self._config.text_length], np.int32)
-    others = np.full_like(texts, -1)
-    texts[: len(requests)] = [request.text for request in requests]
-    for row, request in enumerate(requests):
-      if request.other is not None:
-        others[row] = request.other
-    places = np.full(size, self.batch_size, np.int32)
-    places[: len(into)] = into
-    params, cache = (self._model.generator_params,), self._model.cache
-    try:
-      encoded = self._place.start(
-        slots_lib.encode, params, (texts, others), cache=cache, **self._statics
-      )
-    except Exception as error:  # Such as a batch that doesn't fit into memory.
-      self._fail(requests, error)
-      return
-    if self._slots is None:
-      empty = np.zeros([self.batch_size, self._config.text_length], np.int32)
-      self._slots = self._place.start(
-        slots_lib.begin, params, (empty,), cache=cache, **self._statics
-      )
-    self._slots = self._place.start(slots_lib.insert, (), (places,), self._slots, encoded)
-
-  def _advance(self) -> None:
-    """Samples the next tokens of all slots, and decodes the pictures that are then complete."""
-    # A copy, since the devices may read the arrays later, and without a copy of their own.
-    requests = jax.tree.map(np.copy, self._requests)
-    self._slots, reached = self._place.start(
-      slots_lib.advance,
-      (self._model.generator_params,),
-      (requests,),
-      self._slots,
-      count=self.tokens_per_call,
-      **self._statics,
-    )
-    # Waits for the previous call, so that no more than two are under way: what the devices have been
-    # given can't be cancelled.
-    self._reached, previous = reached, self._reached
-    jax.block_until_ready(previous)
-    position = self._requests.position
-    position += self.tokens_per_call
-    self._preview(np.asarray(position))
-    complete = position >= self._config.image_length
-    position[complete] = 0  # Free slots go on with pictures that nobody asked for.
-    finished = [int(slot) for slot in np.flatnonzero(complete) if self._running[slot] is not None]
-    for start, size, count in _pieces(len(finished), self._sizes):
-      self._finish(finished[start : start + count], size)
-
-  def _preview(self, position: Int32[np.ndarray, 'slots']) -> None:
-    """Decodes the first rows of pictures that have reached a place for a preview in this call."""
-    shown = [
-      slot
-      for slot, request in enumerate(self._running)
-      if request is not None
-      and any(-self.tokens_per_call < at - position[slot] <= 0 for at in request.preview_at)
-      and position[slot] < self._config.image_length
-    ]
-    rows = position[shown] // self._config.grid[1]
-    for start, size, count in _pieces(len(shown), self._sizes):
-      chosen = slice(start, start + count)
-      requests = [request for slot in shown[chosen] if (request := self._running[slot]) is not None]
-      places = np.resize(np.asarray(shown[chosen], np.int32), size)
-      assert self._slots is not None
-      try:
-        images = self._place.start(
-          slots_lib.preview,
-          (self._model.tokenizer_params,),
-          (places, np.resize(rows[chosen], size)),
-          self._slots.tokens,
-          np.asarray(self._requests.kept)[places],
-          tokenizer=self._model.tokenizer,
-          grid=tuple(self._config.grid),
-        )
-      except Exception as error:
-        self._fail(requests, error)
-      else:
-        self._previewed.append(_Previewed(requests, rows[chosen].tolist(), images))
-
-  def _hand_out_previews(self, previewed: _Previewed) -> None:
-    """Waits for previews and gives them to those who asked for them."""
-    try:
-      with numerics.fixed():
-        images = jax.device_get(previewed.images)
-    except Exception as error:
-      self._fail(previewed.requests, error)
-      return
-    for request, rows, image in zip(previewed.requests, previewed.rows, images):
-      if request.future.done():  # Cancelled, or failed since.
-        continue
-      assert request.on_preview is not None
-      try:
-        request.on_preview(Preview(image, rows, self._config.grid[0]))
-      except Exception as error:
-        self._fail([request], error)
-
-  def _finish(self, finished: Sequence[int], size: int) -> None:
-    """Decodes complete pictures, as a batch of `size`, and frees their slots."""
-    requests = [request for slot in finished if (request := self._running[slot]) is not None]
-    for slot in finished:
-      self._running[slot] = None
-    places = np.resize(np.asarray(finished, np.int32), size)
-    assert self._slots is not None
-    try:
-      arrays = self._place.start(
-        slots_lib.detokenize,
-        (self._model.tokenizer_params,),
-        (places,),
-        self._slots.tokens,
-        tokenizer=self._model.tokenizer,
-      )
-    except Exception as error:
-      self._fail(requests, error)
-    else:
-      self._drawn.append(_Drawn(requests, arrays))
-
-  def _hand_out(self, drawn: _Drawn) -> None:
-    """Waits for pictures and gives them to those who asked for them."""
-    try:
-      with numerics.fixed():
-        tokens, images = jax.device_get(drawn.arrays)
-      results = [
-        self._result(request, images[row], tokens[row])
-        for row, request in enumerate(drawn.requests)
-      ]
-    except Exception as error:
-      self._fail(drawn.requests, error)
-      if not self._taken():  # Those who come next get slots that no failed call has computed.
-        self._slots = self._reached = None
-      return
-    for result in results:
-      request = drawn.requests.pop(0)
-      if request.settle():
-        request.future.set_result(result)
-
-  def _result(
-    self,
-    request: _Request,
-    image: UInt8[np.ndarray, 'height width 3'],
-    tokens: Int32[np.ndarray, 'image_length'],
-  ) -> text_to_image.Result:
-    return text_to_image.Result(
-      image[None, None],
-      tokens[None, None],
-      [request.prompt],
-      request.seed,
-      request.settings,
-      self._model.model_name,
-      image_index=np.full([1, 1], request.image_index, np.int32),
-      weights=self._model.weights,
-      cache=self._model.cache,
-      negative=request.negative,
-    )
-
-  def _taken(self) -> list[_Request]:
-    return [request for request in self._running if request is not None]
-
-  def _fail(self, requests: Sequence[_Request], error: BaseException) -> None:
-    """Hands an error to those who asked for pictures, and frees their slots."""
-    failed = set(requests)
-    self._running = [None if request in failed else request for request in self._running]
-    for request in requests:
-      if request.settle():
-        request.future.set_exception(error)
-
-
-def _drop(request: _Request) -> None:
-  """Cancels a picture, also for those who wait for several futures."""
-  request.future.cancel()
-  request.settle()
+      request.drop()
+    return kept[:count]
 
 
 @atexit.register
@@ -569,38 +292,3 @@ def _divisor(tokens_per_call: int | None, length: int) -> int:
       f'of {", ".join(map(str, divisors))}'
     )
   return number
-
-
-def _sizes(batch_size: int, ways: int) -> list[int]:
-  """Returns the sizes of batches in which texts are encoded and pictures decoded, in ascending order.
-
-  There are few, because each is compiled.
-
-  Args:
-    batch_size: the largest size.
-    ways: number of parts into which the mesh splits a batch.
-  """
-  sizes = [ways]
-  while sizes[-1] * _BETWEEN_SIZES < batch_size:
-    sizes.append(sizes[-1] * _BETWEEN_SIZES)
-  return sizes if batch_size == ways else [*sizes, batch_size]
-
-
-def _pieces(total: int, sizes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-  """Cuts a number of things into batches of given sizes, at most half empty or of the smallest size.
-
-  Args:
-    total: number of things, at most the largest size.
-    sizes: the sizes, in ascending order.
-
-  Yields:
-    The first thing of a batch, the size of the batch, and its number of things.
-  """
-  start = 0
-  while start < total:
-    left = total - start
-    above = next(size for size in sizes if size >= left)
-    below = max((size for size in sizes if size <= left), default=above)
-    size = above if 2 * left > above else below
-    yield start, size, min(size, left)
-    start += size

@@ -30,8 +30,8 @@ from starlette import types
 from uvicorn.protocols.http import h11_impl
 
 from parti_jax.core import checks
-from parti_jax.sampling import continuous
 from parti_jax.sampling import images as images_lib
+from parti_jax.sampling import running_batch
 from parti_jax.sampling import text_to_image
 from parti_jax.serving import image_requests
 from parti_jax.serving import image_service
@@ -49,7 +49,7 @@ _MOST_FIELDS = 64
 # Seconds that sending an error may take.
 _ERROR_SECONDS = 5.0
 
-_Event = tuple[int, continuous.Preview] | None
+_Event = tuple[int, running_batch.Preview] | None
 
 
 def app(service: image_service.ImageService) -> applications.Starlette:
@@ -136,7 +136,7 @@ class _Handlers:
     return await self._answer(image_requests.parse(body, self._service.offer, limits))
 
   async def edits(self, request: requests.Request) -> responses.Response:
-    """Draws parts of a picture anew."""
+    """Redraws parts of a picture."""
     _check_kind(request, 'multipart/form-data')
     limits = self._service.limits
     texts, files = await _form(request, await _body(request, limits, limits.files))
@@ -173,7 +173,7 @@ async def _form(request: requests.Request, body: bytes) -> tuple[dict[str, str],
     )
   except (exceptions.HTTPException, ValueError) as error:  # The latter are python_multipart's.
     reason = str(getattr(error, 'detail', error))[:200]
-    raise image_requests.RequestError(f'the form can not be read: {reason}') from None
+    raise image_requests.RequestError(f'the form cannot be read: {reason}') from None
   async with contextlib.AsyncExitStack() as stack:
     stack.push_async_callback(form.close)
     for name, value in form.multi_items():
@@ -248,7 +248,7 @@ class _Answer(responses.Response):
       content['warnings'] = found
     return content
 
-  def _show(self, index: int, preview: continuous.Preview) -> None:
+  def _show(self, index: int, preview: running_batch.Preview) -> None:
     self._put((index, preview))
 
   def _put(self, event: _Event) -> None:
@@ -379,7 +379,7 @@ async def _send_json(send: types.Send, content: dict[str, Any], status: int) -> 
   await send({'type': 'http.response.body', 'body': body})
 
 
-def _preview_png(preview: continuous.Preview) -> bytes:
+def _preview_png(preview: running_batch.Preview) -> bytes:
   return images_lib.png(preview.image, {'rows': f'{preview.rows} of {preview.of_rows}'})
 
 
@@ -479,7 +479,7 @@ class _Protocol(h11_impl.H11Protocol):
 
 
 class Server(uvicorn.Server):
-  """A server that finishes what was accepted when it is told to stop.
+  """A server that finishes what was accepted when it is asked to stop.
 
   SIGTERM and SIGINT stop it: it refuses new requests, and ends once all answers are sent or
   `stop_seconds` have passed. A second signal ends it without waiting for them.

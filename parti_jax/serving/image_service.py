@@ -15,6 +15,7 @@ import numpy as np
 from parti_jax.core import image_sizes
 from parti_jax.core.errors import UserError
 from parti_jax.sampling import continuous
+from parti_jax.sampling import running_batch
 from parti_jax.sampling import text_to_image
 from parti_jax.serving import image_requests
 
@@ -93,7 +94,7 @@ class ImageService:
     self,
     request: image_requests.ImageRequest,
     finish: Callable[[text_to_image.Result], _Finished],
-    on_preview: Callable[[int, continuous.Preview], None] | None = None,
+    on_preview: Callable[[int, running_batch.Preview], None] | None = None,
   ) -> concurrent.futures.Future[_Finished]:
     """Asks for pictures.
 
@@ -202,7 +203,7 @@ class ImageService:
     request: image_requests.ImageRequest,
     index: int,
     kept: np.ndarray | None,
-    on_preview: Callable[[int, continuous.Preview], None] | None,
+    on_preview: Callable[[int, running_batch.Preview], None] | None,
   ) -> _Future[text_to_image.Result]:
     """Asks the sampler for one of the pictures, which takes these tokens over."""
     show = None

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from parti_jax.sampling import continuous
+from parti_jax.sampling import running_batch
 from parti_jax.sampling import text_to_image
 from parti_jax.serving import image_requests
 from parti_jax.serving import image_service
@@ -49,7 +49,7 @@ def follow(
   Raises:
     RequestError: if the request is refused.
   """
-  news: queue.SimpleQueue[tuple[int, continuous.Preview] | None] = queue.SimpleQueue()
+  news: queue.SimpleQueue[tuple[int, running_batch.Preview] | None] = queue.SimpleQueue()
   answer = service.submit(
     request, lambda result: result, lambda index, preview: news.put((index, preview))
   )

@@ -20,6 +20,7 @@ from parti_jax.models import pixels
 from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.sampling import continuous
+from parti_jax.sampling import running_batch
 from parti_jax.sampling import slots
 
 SAMPLED = {'temperature': 1.0, 'top_k': 0, 'top_p': 1.0}
@@ -85,18 +86,18 @@ def expected(model):
 
 @pytest.fixture
 def without_thread(monkeypatch):
-  """Leaves it to a test to call `_turn`, so that it knows who is in the batch when."""
+  """Leaves it to a test to call `_step`, so that it knows who is in the batch when."""
   monkeypatch.setattr(continuous.ContinuousSampler, '_work', lambda sampler: None)
 
 
 def turns(sampler, joins=()):
   """Runs calls until all is done; returns the futures of what joins on the way."""
   futures, turn = [], 0
-  while len(futures) < len(joins) or sampler.waiting or sampler.running or sampler._drawn:
+  while len(futures) < len(joins) or sampler.waiting or sampler.running or sampler._batch._drawn:
     for at, prompt, how in joins:
       if at == turn:
         futures.append(sampler.submit(prompt, **how))
-    sampler._turn()
+    sampler._step()
     turn += 1
   return futures
 
@@ -137,7 +138,7 @@ def test_over_a_mesh_the_pictures_are_the_same(folder, expected, without_thread)
   compiled = slots.advance._cache_size()
   check_same(turns(sampler, JOINS), expected)
   assert slots.advance._cache_size() <= compiled + 1
-  assert not sampler._slots.tokens.is_fully_replicated
+  assert not sampler._batch._slots.tokens.is_fully_replicated
 
 
 def test_with_an_int8_cache_the_pictures_are_those_of_generate_with_one(
@@ -146,7 +147,7 @@ def test_with_an_int8_cache_the_pictures_are_those_of_generate_with_one(
   rounded = parti_jax.load(folder, cache='int8')
   sampler = continuous.ContinuousSampler(rounded, 3, 1)
   futures = turns(sampler, JOINS)
-  assert sampler._slots.state.caches[0][0].values.dtype == np.int8
+  assert sampler._batch._slots.state.caches[0][0].values.dtype == np.int8
   changed = 0
   for (_, prompt, how), future, float_cache in zip(JOINS, futures, expected):
     how = dict(how)
@@ -160,7 +161,7 @@ def test_with_an_int8_cache_the_pictures_are_those_of_generate_with_one(
 def test_without_guidance_there_is_one_row_for_each_slot(model, without_thread):
   sampler = continuous.ContinuousSampler(model, 1, guidance_scale=1.0)
   (future,) = turns(sampler, [(0, 'red apple', {'seed': 1})])
-  assert len(sampler._slots.state.text_mask) == 1
+  assert len(sampler._batch._slots.state.text_mask) == 1
   wanted = model.generate('red apple', 1, seed=1, guidance_scale=1.0)
   np.testing.assert_array_equal(future.result(0).tokens, wanted.tokens)
   with pytest.raises(UserError, match='guidance_scale=3 needs the pass without text'):
@@ -170,19 +171,19 @@ def test_without_guidance_there_is_one_row_for_each_slot(model, without_thread):
 def test_a_cancelled_picture_frees_its_slot(model, expected, without_thread):
   sampler = continuous.ContinuousSampler(model, 1, 1)
   running, waiting, last = (sampler.submit(*JOINS[row][1:2], **JOINS[row][2]) for row in (2, 3, 0))
-  sampler._turn()
-  sampler._turn()
+  sampler._step()
+  sampler._step()
   assert (sampler.running, sampler.waiting) == (1, 2)
   # What waits is gone at once, although the slot is still taken.
   assert waiting.cancel()
-  sampler._turn()
+  sampler._step()
   assert (sampler.running, sampler.waiting) == (1, 1)
   assert concurrent.futures.wait([waiting], 0).done == {waiting}
   assert running.cancel()
-  sampler._turn()
+  sampler._step()
   assert (sampler.running, sampler.waiting) == (1, 0)
   assert concurrent.futures.wait([running], 0).done == {running}
-  assert sampler._running[0].future is last
+  assert sampler._batch._running[0].future is last
   turns(sampler)
   check_same([last], expected[:1])
 
@@ -192,11 +193,11 @@ def test_an_error_of_one_picture_leaves_the_others_alone(
 ):
   sampler = continuous.ContinuousSampler(model, 3, 1)
   futures = [sampler.submit(JOINS[0][1], **JOINS[0][2])]
-  sampler._turn()
+  sampler._step()
   with monkeypatch.context() as patch:
     patch.setattr(slots, 'encode', _raising)
     futures.append(sampler.submit('blue ball'))
-    sampler._turn()
+    sampler._step()
   assert sampler.running == 1
   turns(sampler)
   check_same(futures[:1], expected[:1])
@@ -209,10 +210,10 @@ def test_after_an_error_of_the_batch_later_pictures_are_sampled(
 ):
   sampler = continuous.ContinuousSampler(model, 3, 1)
   lost = sampler.submit('blue ball')
-  sampler._turn()
+  sampler._step()
   with monkeypatch.context() as patch:
     patch.setattr(slots, 'advance', _raising)
-    sampler._turn()
+    sampler._step()
   with pytest.raises(RuntimeError, match='out of memory'):
     lost.result(0)
   assert sampler.running == 0
@@ -224,15 +225,15 @@ def test_an_error_of_the_last_picture_does_not_reach_the_next_ones(
 ):
   sampler = continuous.ContinuousSampler(model, 3, 9)
   lost = sampler.submit('blue ball')
-  sampler._turn()
-  assert (len(sampler._drawn), sampler.running) == (1, 0)
+  sampler._step()
+  assert (len(sampler._batch._drawn), sampler.running) == (1, 0)
 
   def deleted(part):
     part.delete()  # Stands for what a failed call has left: any use of it is an error.
     return part
 
-  jax.tree.map(deleted, (sampler._slots, sampler._drawn[0].arrays))
-  sampler._turn()
+  jax.tree.map(deleted, (sampler._batch._slots, sampler._batch._drawn[0].arrays))
+  sampler._step()
   with pytest.raises(RuntimeError, match='deleted'):
     lost.result(0)
   check_same(turns(sampler, JOINS[:1]), expected[:1])
@@ -244,7 +245,7 @@ def test_an_error_before_pictures_have_joined_reaches_all_of_them(
   sampler = continuous.ContinuousSampler(model, 3, 1)
   futures = [sampler.submit('blue ball', seed=seed) for seed in range(3)]
   monkeypatch.setattr(slots.Requests, 'set', _raising)
-  sampler._turn()
+  sampler._step()
   for future in futures:
     with pytest.raises(RuntimeError, match='out of memory'):
       future.result(0)
@@ -254,8 +255,8 @@ def test_an_error_before_pictures_have_joined_reaches_all_of_them(
 def test_the_end_of_the_thread_reaches_pictures_at_all_stages(model, without_thread, monkeypatch):
   sampler = continuous.ContinuousSampler(model, 1, 9)
   futures = [sampler.submit('blue ball', seed=seed) for seed in range(3)]
-  sampler._turn()
-  assert (len(sampler._drawn), sampler.running, sampler.waiting) == (1, 0, 2)
+  sampler._step()
+  assert (len(sampler._batch._drawn), sampler.running, sampler.waiting) == (1, 0, 2)
 
   def ending(*unused_args, **unused_kwargs):
     raise SystemExit('the end')
@@ -273,7 +274,7 @@ def test_after_an_exception_in_its_context_nobody_waits_for_a_slot(model, withou
   with pytest.raises(KeyboardInterrupt):
     with continuous.ContinuousSampler(model, 1, 1) as sampler:
       running, waiting = sampler.submit('red apple', seed=3), sampler.submit('blue ball')
-      sampler._turn()
+      sampler._step()
       raise KeyboardInterrupt
   assert waiting.cancelled() and not running.done()
   turns(sampler)
@@ -314,7 +315,7 @@ def test_closing_finishes_what_was_asked_for(model, expected):
 def test_closing_may_cancel_what_waits(model, without_thread, expected):
   sampler = continuous.ContinuousSampler(model, 1, 1)
   running, waiting = sampler.submit('red apple', seed=3), sampler.submit('blue ball')
-  sampler._turn()
+  sampler._step()
   sampler.close(cancel_waiting=True)
   assert waiting.cancelled() and not running.done()
   turns(sampler)
@@ -368,15 +369,15 @@ def test_samplers_that_cannot_be(model, arguments, message):
   ],
 )
 def test_batches_of_few_sizes(total, pieces):
-  sizes = continuous._sizes(16, 1)
+  sizes = running_batch._sizes(16, 1)
   assert sizes == [1, 4, 16]
-  assert list(continuous._pieces(total, sizes)) == pieces
+  assert list(running_batch._pieces(total, sizes)) == pieces
 
 
 def test_batches_over_a_mesh_are_divisible():
-  assert continuous._sizes(24, 8) == [8, 24]
-  assert continuous._sizes(8, 8) == [8]
-  assert list(continuous._pieces(11, [8, 24])) == [(0, 8, 8), (8, 8, 3)]
+  assert running_batch._sizes(24, 8) == [8, 24]
+  assert running_batch._sizes(8, 8) == [8]
+  assert list(running_batch._pieces(11, [8, 24])) == [(0, 8, 8), (8, 8, 3)]
 
 
 def previews_of(model, tokens, rows, grid=(3, 3)):
@@ -438,7 +439,7 @@ def test_previews_end_with_a_cancelled_picture(model, without_thread):
   sampler = continuous.ContinuousSampler(model, 1, 3)
   seen = []
   future = sampler.submit('blue ball', on_preview=seen.append)
-  sampler._turn()
+  sampler._step()
   future.cancel()
   turns(sampler)
   assert seen == [] and future.cancelled()

@@ -91,13 +91,13 @@ def gate(monkeypatch):
   """An event that is set; while a test has cleared it, nothing is sampled."""
   event = threading.Event()
   event.set()
-  turn = continuous.ContinuousSampler._turn
+  step = continuous.ContinuousSampler._step
 
   def held(sampler):
     event.wait(60)
-    turn(sampler)
+    step(sampler)
 
-  monkeypatch.setattr(continuous.ContinuousSampler, '_turn', held)
+  monkeypatch.setattr(continuous.ContinuousSampler, '_step', held)
   return event
 
 

@@ -205,7 +205,7 @@ def test_edits_that_are_refused(running):
     ({'image': picture}, {'prompt': 'a'}, 400, 'image needs one of mask'),
     ({}, {'prompt': 'a', 'keep': 'top:0.5'}, 400, 'image is missing'),
     ({'image': picture, 'mask': b'?'}, {'prompt': 'a'}, 400, 'mask: unknown picture format'),
-    ({'image': picture, 'other': picture}, {'prompt': 'a'}, 400, 'no file of an edit'),
+    ({'image': picture, 'other': picture}, {'prompt': 'a'}, 400, 'not a file of an edit'),
     ({'image': picture, 'mask': picture, 'c': picture}, {'prompt': 'a'}, 400, 'form'),
     ({'image': b'x' * 20_000}, {'prompt': 'a'}, 413, 'longer than 20,000 bytes'),
     ({'image': picture}, {f'a{n}': 1 for n in range(70)}, 400, 'form'),

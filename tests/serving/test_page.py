@@ -260,15 +260,15 @@ def chromium():
 
 
 @pytest.fixture
-def slow_turns(monkeypatch):
+def slow_steps(monkeypatch):
   """Makes rows appear one after the other for a person to see."""
-  turn = continuous.ContinuousSampler._turn
+  step = continuous.ContinuousSampler._step
 
   def slow(sampler):
     time.sleep(0.4)
-    turn(sampler)
+    step(sampler)
 
-  monkeypatch.setattr(continuous.ContinuousSampler, '_turn', slow)
+  monkeypatch.setattr(continuous.ContinuousSampler, '_step', slow)
 
 
 _NOTE_PICTURES = """() => {
@@ -283,7 +283,7 @@ _NOTE_PICTURES = """() => {
 
 
 @pytest.mark.browser
-def test_in_a_browser_a_picture_appears_row_by_row(chromium, url, slow_turns, served_model):
+def test_in_a_browser_a_picture_appears_row_by_row(chromium, url, slow_steps, served_model):
   requests, errors = [], []
   with browser.page(chromium, url, requests=requests) as found:
     found.on('pageerror', lambda error: errors.append(error))
