@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def _add_steering(parser: argparse.ArgumentParser):
-  """Adds the flags of what pictures follow besides their prompts."""
+  """Adds the flags that steer pictures, besides their prompts."""
   parser.add_argument(
     '--image', metavar='FILE', help='a picture to edit, with one of --mask, --keep and --vary'
   )
@@ -99,13 +99,13 @@ def _add_steering(parser: argparse.ArgumentParser):
     type=int,
     default=1,
     metavar='N',
-    help='draw this many candidates of each edited picture, and keep the one to which what is kept '
-    'after the hole fits best (default: %(default)s)',
+    help='draw this many candidates of each edited picture, and keep the one that best fits the kept '
+    'image tokens after the hole (default: %(default)s)',
   )
   parser.add_argument(
     '--negative',
     metavar='TEXT',
-    help='what the pictures should not show; takes the place of the empty text in guidance',
+    help='what the pictures should not show; replaces the empty text in guidance',
   )
   parser.add_argument(
     '--prompt_weights',

@@ -35,7 +35,7 @@ COMMANDS = {
   'generate': ('parti_jax.cli.generate', 'generate pictures for prompts'),
   'serve': (
     'parti_jax.cli.serve',
-    "draw for other programs, which ask by HTTP as they ask OpenAI's images endpoint",
+    "draw for other programs over HTTP, with the API of OpenAI's images endpoints",
   ),
   'ui': ('parti_jax.cli.ui', 'show a page in the browser on which to draw'),
   'upscale': ('parti_jax.cli.upscale', 'enlarge picture files with super-resolution'),

@@ -1,4 +1,4 @@
-"""`parti-jax serve`: draws for other programs, which ask by HTTP as they ask OpenAI's images endpoint."""
+"""`parti-jax serve`: draws for other programs over HTTP, with the API of OpenAI's images endpoints."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ def add_arguments(parser: argparse.ArgumentParser):
     type=int,
     default=4000,
     metavar='CHARACTERS',
-    help='length of the longest prompt (default: %(default)s)',
+    help='maximum length of a prompt (default: %(default)s)',
   )
   parser.add_argument(
     '--timeout',
     type=float,
     default=600.0,
     metavar='SECONDS',
-    help='time for the pictures of a request, with the time in the queue (default: %(default)g)',
+    help='time limit of a request, including the queue (default: %(default)g)',
   )
   parser.add_argument(
     '--stop_timeout',
     type=float,
     default=60.0,
     metavar='SECONDS',
-    help='time that accepted requests have after SIGTERM or Ctrl-C (default: %(default)g)',
+    help='time limit of accepted requests after SIGTERM or Ctrl-C (default: %(default)g)',
   )
 
 

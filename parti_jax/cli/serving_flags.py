@@ -36,19 +36,19 @@ def add_arguments(parser: argparse.ArgumentParser, port: int):
     '--batch_size',
     type=int,
     default=16,
-    help='number of pictures to sample at once, of all clients (default: %(default)s)',
+    help='number of pictures to sample at once, for all clients together (default: %(default)s)',
   )
   parser.add_argument(
     '--max_images',
     type=int,
     default=16,
-    help='number of pictures that may be asked for at once (default: %(default)s)',
+    help='maximum number of pictures in a request (default: %(default)s)',
   )
   parser.add_argument(
     '--queue',
     type=int,
     default=256,
-    help='number of pictures that may wait; requests for more are refused (default: %(default)s)',
+    help='maximum number of pictures that wait; further requests are refused (default: %(default)s)',
   )
   sampling_flags.add_arguments(parser)
   sampling_flags.add_precision(parser)

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     '--output_dir',
     required=True,
     metavar='DIR',
-    help='output folder; the picture of a.jpg is a_x4.png there, and one that is there is kept',
+    help='output folder; a.jpg becomes a_x4.png there, unless that already exists',
   )
   which = parser.add_mutually_exclusive_group()
   which.add_argument(
