@@ -91,7 +91,7 @@ class Value:
 
   Attributes:
     value: the number.
-    error: how much it varies; None if nothing tells that.
+    error: how much it varies; None if unknown.
     error_of: what `error` is, such as 'standard error over pictures'; '' without an error.
   """
 

@@ -252,7 +252,7 @@ class CLIPTextEncoder(nn.Module):
         that replaces its embedding.
 
     Returns:
-      The encoded tokens, of `config.compute_dtype`; `text_mask` tells which are not padding.
+      The encoded tokens, of `config.compute_dtype`; `text_mask` says which are not padding.
 
     Raises:
       UserError: if the texts are longer than that.

@@ -53,8 +53,8 @@ class Score:
     name: what it measures.
     value: the number, in the unit that the benchmark publishes.
     error: standard error over prompts; None if the results don't give it.
-    prompts: number of prompts; None if the results don't tell.
-    pictures: number of pictures; None if the results don't tell.
+    prompts: number of prompts; None if the results don't say.
+    pictures: number of pictures; None if the results don't say.
   """
 
   name: str

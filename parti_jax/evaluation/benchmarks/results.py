@@ -17,7 +17,7 @@ from parti_jax.evaluation.benchmarks import registry
 
 # Folders around results in which the run's protocol may be.
 _LEVELS = 4
-_NOTE = '± is the standard error over prompts, as far as the results of a judge tell it.'
+_NOTE = '± is the standard error over prompts, where the results of a judge have it.'
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,7 +74,7 @@ class PictureSet(abc.ABC):
 
   @property
   def count(self) -> int | None:
-    """Number of pictures, with damaged ones; None if only reading all of them tells it."""
+    """Number of pictures, with damaged ones; None if that takes reading all of them."""
     return None
 
   @property
