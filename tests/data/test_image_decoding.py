@@ -38,6 +38,34 @@ def test_central_square(shape):
   assert (decode(_encode(pixels), 10) == 255).all()
 
 
+@pytest.mark.parametrize('shape', [(20, 60), (60, 20), (40, 30)])
+@pytest.mark.parametrize('size', [(8, 16), (24, 8)])
+def test_the_middle_of_the_shape_of_the_size(shape, size):
+  pixels = np.zeros([*shape, 3], np.uint8)
+  times = min(shape[0] / size[0], shape[1] / size[1])
+  top, left = (round((side - times * own) / 2) for side, own in zip(shape, size))
+  pixels[top : shape[0] - top, left : shape[1] - left] = 255
+  image = decode(_encode(pixels), size)
+  assert image.shape == (*size, 3) and (image[2:-2, 2:-2] == 255).all()
+  # What is cut off doesn't bleed in.
+  turned = decode(_encode(255 - pixels), size)
+  assert not turned[2:-2, 2:-2].any()
+
+
+@pytest.mark.parametrize('turn', [1, 6])
+def test_a_large_jpeg_in_a_size_that_is_no_square(turn):
+  """It is decoded at a fraction of its size, before it is turned and cropped."""
+  smooth = np.linspace(0, 255, 320).astype(np.uint8)
+  pixels = np.broadcast_to(smooth[:, None, None], (320, 240, 3))
+  upright = pixels if turn == 1 else np.rot90(pixels)  # The orientation 6 turns it back.
+  exif = Image.Exif()
+  exif[0x0112] = turn
+  image = decode(_encode(np.ascontiguousarray(upright), 'jpeg', quality=95, exif=exif), (8, 16))
+  # 120 of the 320 rows are left.
+  expected = 255 * (100 + 15 * np.arange(8) + 7) / 319
+  assert np.abs(image - expected[:, None, None]).max() < 5
+
+
 def test_resizing_is_antialiased():
   checkers = (np.indices([64, 64]).sum(0) % 2 * 255).astype(np.uint8)
   image = decode(_encode(np.stack([checkers] * 3, -1)), 8)

@@ -212,6 +212,20 @@ def test_masks_as_files(picture, tmp_path):
     assert edit.metadata()['edited_image'] == 'picture.png'
 
 
+def test_a_model_of_wide_pictures_cuts_what_is_above_and_below():
+  square = np.random.default_rng(1).integers(0, 256, (16, 16, 3), np.uint8)
+  mask = np.zeros((16, 16), bool)
+  mask[:5, 15] = True  # One row of pixels of the middle, in the last column of tokens.
+  edit = editing.edit(square, mask, None, None, (8, 16), (2, 4))
+  np.testing.assert_array_equal(edit.image, square[4:12])
+  assert edit.kept.shape == (2, 4) and np.argwhere(~edit.kept).tolist() == [[0, 3]]
+  mask[4] = False
+  with pytest.raises(UserError, match='marks nothing of the picture.s central area'):
+    editing.edit(square, mask, None, None, (8, 16), (2, 4))
+  kept = editing.edit(square, None, 'left:0.5', None, (8, 16), (2, 4)).kept
+  assert kept.tolist() == 2 * [[True, True, False, False]]
+
+
 def test_wide_pictures_lose_their_ends_and_so_do_their_masks(picture):
   wide = np.concatenate([picture[:, :4] * 0, picture, picture[:, :4] * 0], axis=1)
   mask = np.zeros((16, 24), bool)
