@@ -14,6 +14,8 @@ from typing import Any
 import tqdm
 
 from parti_jax.cli import importable_parts
+from parti_jax.cli.import_formats import formats
+from parti_jax.cli.import_formats import generators
 from parti_jax.core import fingerprints
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
@@ -35,10 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser):
     '--format',
     required=True,
     choices=importable_parts.FORMATS,
-    help='the family of the weights, see docs/import.md; the files do not record it: '
+    help='the family of the weights, which the files do not record (see docs/import.md). '
     + '; '.join(
-      f'of a {name.replace("_", " ")} {", ".join(part.formats)}'
-      for name, part in importable_parts.PARTS.items()
+      f'{name}: {", ".join(part.formats)}' for name, part in importable_parts.PARTS.items()
     ),
   )
   parser.add_argument('--output_dir', required=True, metavar='FOLDER', help='the folder to write')
@@ -57,22 +58,32 @@ def add_arguments(parser: argparse.ArgumentParser):
     help='where the weights come from, such as a URL; kept in the folder',
   )
   parser.add_argument('--licence', metavar='TEXT', help='their licence; kept in the folder')
-  tokenizer = parser.add_argument_group('tokenizer')
-  tokenizer.add_argument(
+  _add_tokenizer(parser.add_argument_group('tokenizer'))
+  _add_text(parser.add_argument_group('generator, ranker and text encoder'))
+  _add_generator(parser.add_argument_group('generator'))
+  _add_super_resolution(parser.add_argument_group('super-resolution'))
+
+
+def _add_tokenizer(group: argparse._ArgumentGroup):
+  """Adds the flags of an image tokenizer."""
+  group.add_argument(
     '--image_size',
     type=int,
     metavar='PIXELS',
     help='height and width of the images to encode and decode (default: 256)',
   )
-  tokenizer.add_argument(
+  group.add_argument(
     '--pixel_range',
     type=float,
     nargs=2,
     metavar=('BLACK', 'WHITE'),
-    help="what black and white are to the network (default: the format's)",
+    help="the values of black and white in the network's input (default: the format's)",
   )
-  ranker = parser.add_argument_group('generator, ranker and text encoder')
-  ranker.add_argument(
+
+
+def _add_text(group: argparse._ArgumentGroup):
+  """Adds the flags of networks that read texts."""
+  group.add_argument(
     '--vocabulary',
     metavar='FILE',
     help="the network's text tokenizer: CLIP's tokenizer.json or a folder with its vocab.json and "
@@ -80,74 +91,79 @@ def add_arguments(parser: argparse.ArgumentParser):
     'for dalle-mini as for CLIP (default: the folder of the weights); '
     "for llamagen's weights for classes (c2i) a file of their names (default: only their numbers)",
   )
-  ranker.add_argument(
+  group.add_argument(
     '--config',
     metavar='FILE',
     help='the config.json of the weights, of open_clip the open_clip_config.json (default: the one '
     'next to the weights, if there is one)',
   )
-  ranker.add_argument(
+  group.add_argument(
     '--preprocessor',
     metavar='FILE',
     help='their preprocessor_config.json (default: the one next to the weights, if there is one)',
   )
-  ranker.add_argument(
+  group.add_argument(
     '--activation',
     choices=('quick_gelu', 'gelu'),
     help="the activation of a CLIP whose config isn't there: quick_gelu of OpenAI, DFN and MetaCLIP, "
     'gelu of most others',
   )
-  ranker.add_argument(
+  group.add_argument(
     '--text_length',
     type=int,
     metavar='TOKENS',
     help='maximum number of text tokens of a T5 (default: 128)',
   )
-  generator = parser.add_argument_group('generator')
-  generator.add_argument(
+
+
+def _add_generator(group: argparse._ArgumentGroup):
+  """Adds the flags of a generator."""
+  group.add_argument(
     '--tokenizer',
     metavar='PATH',
     help='its image tokenizer: a folder that `parti-jax import tokenizer` or `export` wrote, or weights '
-    'of the format dalle-mini',
+    'of the format dalle-mini (for dalle-mini and min-dalle) or llamagen',
   )
-  generator.add_argument(
+  group.add_argument(
     '--text_encoder',
     metavar='FOLDER',
     help="the text encoder of llamagen's weights for texts (t2i): a folder that `parti-jax import "
     'text_encoder` wrote',
   )
-  generator.add_argument(
+  group.add_argument(
     '--heads',
     type=int,
     metavar='NUMBER',
-    help="number of attention heads of llamagen's weights, of a width that was not published",
+    help="number of attention heads of llamagen's weights, if no published model has their width",
   )
-  generator.add_argument(
+  group.add_argument(
     '--text_normalizer',
     choices=tuple(dalle_mini_texts.NORMALIZERS),
     help='what is done to the texts of dalle-mini: min_dalle keeps lower-case ASCII; dalle_mini also '
     'makes commas of all punctuation, as in training, and needs the extra dalle_mini '
-    f'(default: {importable_parts.TEXT_NORMALIZER})',
+    f'(default: {generators.TEXT_NORMALIZER})',
   )
-  generator.add_argument(
+  group.add_argument(
     '--start_token',
     type=int,
     metavar='ROW',
-    help="the row of dalle-mini's table of image tokens that is the first input (default: "
+    help="the row of dalle-mini's embedding of image tokens that is the first input (default: "
     'decoder_start_token_id of the config)',
   )
-  upscaler = parser.add_argument_group('super-resolution')
-  upscaler.add_argument(
+
+
+def _add_super_resolution(group: argparse._ArgumentGroup):
+  """Adds the flags of a super-resolution network."""
+  group.add_argument(
     '--interpolate_with',
     metavar='FILE',
-    help='weights of the same network, such as realesr-general-wdn-x4v3.pth; the folder gets '
-    'weights between both',
+    help='weights of the same network to interpolate with, such as realesr-general-wdn-x4v3.pth',
   )
-  upscaler.add_argument(
+  group.add_argument(
     '--denoise_strength',
     type=float,
     metavar='SHARE',
-    help='share of the first weights in them, from 0 to 1 (default: '
+    help='share of the first weights in the interpolation, from 0 to 1 (default: '
     f'{importable_parts.DENOISE_STRENGTH})',
   )
 
@@ -202,10 +218,10 @@ def run(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _text_tokenizer(
-  found: importable_parts.Format,
+  found: formats.Format,
   config: Any,
   vocabulary: str | None,
-  given: importable_parts.Given,
+  given: formats.Given,
 ) -> Iterator[tuple[pathlib.Path | None, bool]]:
   """Checks the text tokenizer that is given, and yields its file to store, and `Part.lower_case`.
 
@@ -232,7 +248,7 @@ def _text_tokenizer(
     yield path, lower_case
 
 
-def _origin(args: argparse.Namespace, given: importable_parts.Given) -> dict[str, Any]:
+def _origin(args: argparse.Namespace, given: formats.Given) -> dict[str, Any]:
   """Returns what the folder keeps about the origin of the weights."""
   origin = {'source': args.source, 'licence': args.licence} | importable_parts.origin_of(given)
   if args.interpolate_with is not None:

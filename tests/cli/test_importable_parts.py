@@ -4,6 +4,7 @@ import pytest
 from importers import published
 
 from parti_jax.cli import importable_parts
+from parti_jax.cli.import_formats import formats
 from parti_jax.exported_model import model_folder
 from parti_jax.exported_model import parameter_files
 from parti_jax.exported_model import preprocessing
@@ -33,10 +34,10 @@ from parti_jax.importers import key_map
 )
 def test_published_rankers(file_format, manifest, has_config, how):
   settings, arrays = published.read(manifest)
-  given = importable_parts.Given(
+  given = formats.Given(
     files.Weights((), arrays),
     file_format,
-    dict.fromkeys(importable_parts.FLAGS),
+    dict.fromkeys(formats.FLAGS),
     settings if has_config else None,
   )
   found = importable_parts.PARTS['ranker'].formats[file_format]
@@ -51,5 +52,5 @@ def test_parts_are_networks_of_folders_and_formats_are_of_one_part():
   assert len(importable_parts.FORMATS) == len(set(importable_parts.FORMATS))
   for part in importable_parts.PARTS.values():
     for found in part.formats.values():
-      assert set(found.flags) <= set(importable_parts.FLAGS)
+      assert set(found.flags) <= set(formats.FLAGS)
       assert ('vocabulary' in found.flags) == (found.tokenizer is not None)
