@@ -11,6 +11,7 @@ import json
 import pathlib
 import re
 from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 from parti_jax.core import checks
@@ -25,13 +26,6 @@ _CLIP_WORDS = (
   r'<\|startoftext\|>|<\|endoftext\|>'
   r"|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
-# The text of byte pairs.
-_BYTE_DECODER = {
-  'type': 'ByteLevel',
-  'add_prefix_space': True,
-  'trim_offsets': True,
-  'use_regex': True,
-}
 # The special tokens of BART and their ids; 0 and 2 are around a text.
 _BART_SPECIAL = {'<s>': 0, '<pad>': 1, '</s>': 2, '<unk>': 3}
 # Tokens of byte pairs that merges need not make: letters, special tokens, and the places that BART's
@@ -57,58 +51,26 @@ def of_clip(given: str) -> bytes:
   if not all(type(end) is int for end in ends):
     raise UserError(f"{where} isn't CLIP's vocabulary: it has no {_CLIP_START} and {_CLIP_END}")
   _check_byte_pairs(vocabulary, merges, where)
+  normalizers: list[dict[str, Any]] = [
+    {'type': 'NFC'},
+    {'type': 'Replace', 'pattern': {'Regex': r'\s+'}, 'content': ' '},
+    {'type': 'Lowercase'},
+  ]
+  pretokenizers: list[dict[str, Any]] = [
+    {'type': 'Split', 'pattern': {'Regex': _CLIP_WORDS}, 'behavior': 'Removed', 'invert': True},
+    _byte_level(trim_offsets=True),
+  ]
   return _dumps(
-    {
-      'version': '1.0',
-      'truncation': None,
-      'padding': None,
-      'added_tokens': [_special(token, vocabulary[token]) for token in (_CLIP_START, _CLIP_END)],
-      'normalizer': {
-        'type': 'Sequence',
-        'normalizers': [
-          {'type': 'NFC'},
-          {'type': 'Replace', 'pattern': {'Regex': r'\s+'}, 'content': ' '},
-          {'type': 'Lowercase'},
-        ],
-      },
-      'pre_tokenizer': {
-        'type': 'Sequence',
-        'pretokenizers': [
-          {
-            'type': 'Split',
-            'pattern': {'Regex': _CLIP_WORDS},
-            'behavior': 'Removed',
-            'invert': True,
-          },
-          {
-            'type': 'ByteLevel',
-            'add_prefix_space': False,
-            'trim_offsets': True,
-            'use_regex': True,
-          },
-        ],
-      },
-      'post_processor': {
-        'type': 'RobertaProcessing',
-        'sep': [_CLIP_END, ends[1]],
-        'cls': [_CLIP_START, ends[0]],
-        'trim_offsets': False,
-        'add_prefix_space': False,
-      },
-      'decoder': _BYTE_DECODER,
-      'model': {
-        'type': 'BPE',
-        'dropout': None,
-        'unk_token': _CLIP_END,
-        'continuing_subword_prefix': '',
-        'end_of_word_suffix': '</w>',
-        'fuse_unk': False,
-        'byte_fallback': False,
-        'ignore_merges': False,
-        'vocab': vocabulary,
-        'merges': merges,
-      },
-    }
+    _byte_pair_tokenizer(
+      vocabulary,
+      merges,
+      special=(_CLIP_START, _CLIP_END),
+      normalizers=normalizers,
+      pre_tokenizer={'type': 'Sequence', 'pretokenizers': pretokenizers},
+      ends=(_CLIP_START, _CLIP_END),
+      unknown=_CLIP_END,
+      suffix='</w>',
+    )
   )
 
 
@@ -140,43 +102,17 @@ def of_dalle_mini(given: str, normalizer: str) -> bytes:
     words = {'type': 'Metaspace', 'replacement': 'Ġ', 'prepend_scheme': 'always', 'split': True}
   else:
     normalizers = []
-    words = {
-      'type': 'ByteLevel',
-      'add_prefix_space': False,
-      'trim_offsets': False,
-      'use_regex': True,
-    }
-  return _dumps(
-    {
-      json_tokenizer.NORMALIZER: normalizer,
-      'version': '1.0',
-      'truncation': None,
-      'padding': None,
-      'added_tokens': [_special(*pair) for pair in _BART_SPECIAL.items()],
-      'normalizer': {'type': 'Sequence', 'normalizers': normalizers},
-      'pre_tokenizer': words,
-      'post_processor': {
-        'type': 'RobertaProcessing',
-        'sep': ['</s>', _BART_SPECIAL['</s>']],
-        'cls': ['<s>', _BART_SPECIAL['<s>']],
-        'trim_offsets': False,
-        'add_prefix_space': False,
-      },
-      'decoder': _BYTE_DECODER,
-      'model': {
-        'type': 'BPE',
-        'dropout': None,
-        'unk_token': '<unk>',
-        'continuing_subword_prefix': '',
-        'end_of_word_suffix': '',
-        'fuse_unk': False,
-        'byte_fallback': False,
-        'ignore_merges': False,
-        'vocab': vocabulary,
-        'merges': merges,
-      },
-    }
+    words = _byte_level(trim_offsets=False)
+  tokenizer = _byte_pair_tokenizer(
+    vocabulary,
+    merges,
+    special=tuple(_BART_SPECIAL),
+    normalizers=normalizers,
+    pre_tokenizer=words,
+    ends=('<s>', '</s>'),
+    unknown='<unk>',
   )
+  return _dumps({json_tokenizer.NORMALIZER: normalizer, **tokenizer})
 
 
 def of_siglip_2(path: str) -> bytes:
@@ -217,6 +153,70 @@ def of_siglip_2(path: str) -> bytes:
       },
     }
   )
+
+
+def _byte_pair_tokenizer(
+  vocabulary: Mapping[str, Any],
+  merges: Any,
+  *,
+  special: Sequence[str],
+  normalizers: Sequence[Mapping[str, Any]],
+  pre_tokenizer: Mapping[str, Any],
+  ends: tuple[str, str],
+  unknown: str,
+  suffix: str = '',
+) -> dict[str, Any]:
+  """Returns the tokenizer.json of byte pairs.
+
+  Args:
+    vocabulary: {token: its id}.
+    merges: the merges.
+    special: the special tokens.
+    normalizers: the steps before a text is split into words.
+    pre_tokenizer: splits a text into words.
+    ends: the special tokens before and after a text.
+    unknown: the token of what has none.
+    suffix: what ends a word.
+  """
+  start, end = ends
+  return {
+    'version': '1.0',
+    'truncation': None,
+    'padding': None,
+    'added_tokens': [_special(token, vocabulary[token]) for token in special],
+    'normalizer': {'type': 'Sequence', 'normalizers': normalizers},
+    'pre_tokenizer': pre_tokenizer,
+    'post_processor': {
+      'type': 'RobertaProcessing',
+      'sep': [end, vocabulary[end]],
+      'cls': [start, vocabulary[start]],
+      'trim_offsets': False,
+      'add_prefix_space': False,
+    },
+    'decoder': _byte_level(trim_offsets=True, add_prefix_space=True),
+    'model': {
+      'type': 'BPE',
+      'dropout': None,
+      'unk_token': unknown,
+      'continuing_subword_prefix': '',
+      'end_of_word_suffix': suffix,
+      'fuse_unk': False,
+      'byte_fallback': False,
+      'ignore_merges': False,
+      'vocab': vocabulary,
+      'merges': merges,
+    },
+  }
+
+
+def _byte_level(trim_offsets: bool, add_prefix_space: bool = False) -> dict[str, Any]:
+  """Returns the step between a text and the letters that stand for its bytes."""
+  return {
+    'type': 'ByteLevel',
+    'add_prefix_space': add_prefix_space,
+    'trim_offsets': trim_offsets,
+    'use_regex': True,
+  }
 
 
 def _special(token: str, number: int) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from parti_jax.core import text_ids
 from parti_jax.models import clip
 from parti_jax.models import config_checks
 from parti_jax.models import parti
+from parti_jax.models import parti_config
 from parti_jax.models import token_decoder
 from parti_jax.models.nn import attention_patterns
 from parti_jax.models.nn import block_options
@@ -47,7 +48,7 @@ _OPTIONS = block_options.BlockOptions(
 
 @config_checks.configurable
 @dataclasses.dataclass(frozen=True)
-class DalleMiniConfig:
+class DalleMiniConfig(parti_config.OfImageTokens):
   """Sizes of DALL·E mini; the defaults are those of the published mini.
 
   Attributes:
@@ -110,25 +111,9 @@ class DalleMiniConfig:
     return _OPTIONS
 
   @property
-  def head_dim(self) -> int:
-    return self.width // self.heads
-
-  @property
-  def cached_heads(self) -> int:
-    return self.heads
-
-  @property
   def text_width(self) -> int:
     """Number of features of an encoded text token."""
     return self.width
-
-  @property
-  def image_length(self) -> int:
-    return self.grid[0] * self.grid[1]
-
-  @property
-  def compute_dtype(self) -> jnp.dtype:
-    return jnp.dtype(self.dtype)
 
 
 def _embedding_norm(config: DalleMiniConfig) -> layers.LayerNorm:

@@ -58,7 +58,7 @@ def mlp_width(width: int) -> int:
 
 @config_checks.configurable
 @dataclasses.dataclass(frozen=True)
-class LlamaGenConfig:
+class LlamaGenConfig(parti_config.OfImageTokens):
   """Sizes of LlamaGen; the defaults are those of L for classes and pictures of 256×256 pixels.
 
   Attributes:
@@ -160,22 +160,6 @@ class LlamaGenConfig:
   @property
   def encoder_layers(self) -> int:
     return 0 if self.text_encoder is None else self.text_encoder.layers
-
-  @property
-  def head_dim(self) -> int:
-    return self.width // self.heads
-
-  @property
-  def cached_heads(self) -> int:
-    return self.heads
-
-  @property
-  def image_length(self) -> int:
-    return self.grid[0] * self.grid[1]
-
-  @property
-  def compute_dtype(self) -> jnp.dtype:
-    return jnp.dtype(self.dtype)
 
 
 class ClassEncoder(nn.Module):

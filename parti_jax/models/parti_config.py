@@ -154,9 +154,35 @@ def as_dict(config: Any) -> dict[str, Any]:
   return values
 
 
+class OfImageTokens:
+  """What the sizes of a decoder of image tokens imply; a base of generators' configs."""
+
+  width: int
+  heads: int
+  grid: tuple[int, int]
+  dtype: str
+
+  @property
+  def head_dim(self) -> int:
+    return self.width // self.heads
+
+  @property
+  def cached_heads(self) -> int:
+    """Number of heads of the decoder's keys and values."""
+    return self.heads
+
+  @property
+  def image_length(self) -> int:
+    return self.grid[0] * self.grid[1]
+
+  @property
+  def compute_dtype(self) -> jnp.dtype:
+    return jnp.dtype(self.dtype)
+
+
 @config_checks.configurable
 @dataclasses.dataclass(frozen=True)
-class PartiConfig:
+class PartiConfig(OfImageTokens):
   """Sizes of the text encoder and of the image-token decoder.
 
   Attributes:
@@ -315,10 +341,6 @@ class PartiConfig:
     )
 
   @property
-  def head_dim(self) -> int:
-    return self.width // self.heads
-
-  @property
   def cached_heads(self) -> int:
     """Number of heads of the decoder's keys and values."""
     return self.heads if self.kv_heads is None else self.kv_heads
@@ -332,11 +354,3 @@ class PartiConfig:
   def text_width(self) -> int:
     """Number of features of an encoded text token."""
     return self.width if self.text_encoder is None else self.text_encoder.width
-
-  @property
-  def image_length(self) -> int:
-    return self.grid[0] * self.grid[1]
-
-  @property
-  def compute_dtype(self) -> jnp.dtype:
-    return jnp.dtype(self.dtype)
