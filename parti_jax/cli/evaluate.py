@@ -190,6 +190,8 @@ def run(args: argparse.Namespace) -> int:
   """
   _check_flags(args)
   shared = _Shared(args)
+  if args.reference is not None:
+    _ = shared.reference  # A file that can't be read is found before anything is loaded.
   if args.rejection is not None:
     return _rejection(args, shared)
   if args.sweep is not None:
@@ -262,9 +264,14 @@ class _Shared:
     return found
 
   @functools.cached_property
+  def reference(self) -> samples_evaluation.Reference:
+    """The file or folder of --reference."""
+    return samples_evaluation.open_reference(self._args.reference)
+
+  @functools.cached_property
   def against(self) -> evaluate_reference.Against:
-    """The reference that generated pictures are compared with."""
-    return evaluate_reference.Against(self._args, self.model)
+    """The reference that generated pictures are compared with, and how."""
+    return evaluate_reference.Against(self._args, self.model, self.reference)
 
   @functools.cached_property
   def judge(self) -> openmoji_judge.Judge:

@@ -213,14 +213,13 @@ def with_captions(
     found: the comparison.
   """
   captioned = shared.captioned
-  skipped = [captions_evaluation.skipped_text(captioned.skipped)] if captioned.skipped else []
   drawn = subject_of(args, args.seed, args.num_images, shared.model.image_size)
   return dataclasses.replace(
     found,
     kind='captions',
     protocol={**_of_captions(captioned), **found.protocol},
     subject={**found.subject, **drawn},
-    remarks=[*skipped, *found.remarks],
+    remarks=[*captions_evaluation.skipped_remarks(captioned.skipped), *found.remarks],
   )
 
 

@@ -44,20 +44,21 @@ class Against:
   Args:
     args: the flags, with the output folder of the whole command.
     model: the model, whose ranker computes features without --inception_weights.
+    reference: what --reference names.
 
   Raises:
-    UserError: the reference or the network can't be read, or the reference is an .npz of pictures of
-      another size.
+    UserError: the network can't be read, or the reference is an .npz of pictures of another size, or of
+      statistics of another network.
 
   Attributes:
     size: height and width at which pictures are compared, in pixels.
     identity: what the features depend on, for the output folder.
   """
 
-  def __init__(self, args: argparse.Namespace, model):
-    self._reference = samples_evaluation.open_reference(args.reference)
+  def __init__(self, args: argparse.Namespace, model, reference: samples_evaluation.Reference):
+    self._reference = reference
     self.size, way_out = _size(args, model)
-    pictures = self._reference.pictures
+    pictures = reference.pictures
     if isinstance(pictures, picture_sets.NpzSet) and pictures.size() != (self.size, self.size):
       height, width = pictures.size()
       raise UserError(
@@ -65,9 +66,9 @@ class Against:
         f'{self.size}×{self.size}; give {way_out}a reference of that size'
       )
     self._extractor, self._of_features = evaluate_samples.network(args, model=model)
-    samples_evaluation.check_network(self._reference, self._extractor, self.size)
+    samples_evaluation.check_network(reference, self._extractor, self.size)
     self._folder = pathlib.Path(args.output_dir) / 'reference'
-    self.identity = {'reference': self._reference.identity(), 'features': self._of_features}
+    self.identity = {'reference': reference.identity(), 'features': self._of_features}
 
   @functools.cached_property
   def store(self) -> feature_blocks.Store:

@@ -8,6 +8,7 @@ from parti_jax.cli import evaluate_samples
 from parti_jax.core import checks
 from parti_jax.core import gin_config
 from parti_jax.core import image_sizes
+from parti_jax.core import storage
 from parti_jax.core.errors import UserError
 from parti_jax.evaluation import feature_blocks
 from parti_jax.evaluation import output_folder
@@ -104,6 +105,11 @@ def run(args: argparse.Namespace) -> int:
       run.
   """
   network = _check_flags(args)
+  if not storage.exists(args.tokenizer):
+    raise UserError(
+      f'--tokenizer {args.tokenizer} does not exist; give the folder of a run, of an exported model or of '
+      'an imported tokenizer'
+    )
   from parti_jax.training.objectives import frozen_tokenizer
 
   tokenizer = frozen_tokenizer.load(args.tokenizer)

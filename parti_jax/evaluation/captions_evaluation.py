@@ -88,8 +88,7 @@ class Report:
         'The alignment of generated pictures is measured by the ranker that chose them, '
         'and is therefore optimistic.'
       )
-    if self.skipped:
-      lines.append(skipped_text(self.skipped))
+    lines += skipped_remarks(self.skipped)
     if self.captions_cut:
       lines.append(f"{self.captions_cut:,} captions exceeded the model's text length and were cut.")
     return [*lines, *distribution_report.notes(self.distributions)]
@@ -121,10 +120,10 @@ class Report:
     )
 
 
-def skipped_text(skipped: Mapping[str, int]) -> str:
-  """Returns a sentence on captions that were left out: {reason: number}."""
+def skipped_remarks(skipped: Mapping[str, int]) -> list[str]:
+  """Returns a sentence on captions that were left out, {reason: number}; none without such captions."""
   reasons = ', '.join(f'{count:,} captions ({reason})' for reason, count in skipped.items())
-  return f'Skipped: {reasons}.'
+  return [f'Skipped: {reasons}.'] if skipped else []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,9 +177,6 @@ def evaluate(
   shards = generated(folder, captioned)
   shards.draw(model, num_images, progress, seed=seed, batch_size=batch_size, **sampling)
   found = RealPictures(model, captioned, extractors, progress) if real is None else real()
-  damaged = collections.Counter(
-    reason for reason in (found.reasons[picture] for picture in captioned.picture_of) if reason
-  )
   kept, picture_of = found.usable(captioned)
   captions = [caption for caption, keep in zip(captioned.captions, kept) if keep]
   tables = []
@@ -209,7 +205,7 @@ def evaluate(
     captions=len(captions),
     captions_available=captioned.available,
     pictures=sum(not reason for reason in found.reasons),
-    skipped={**captioned.skipped, **damaged},
+    skipped=found.skipped(captioned),
     captions_cut=shards.captions_cut(),
     num_images=num_images,
     model_image_size=model.image_size,
@@ -338,6 +334,11 @@ class RealPictures:
       (features_lib.concatenated(real), features_lib.concatenated(through))
       for real, through in parts
     ]
+
+  def skipped(self, captioned: captioned_pictures.Captioned) -> dict[str, int]:
+    """Returns {reason: number} of captions that are left out, also those of damaged pictures."""
+    reasons = (self.reasons[picture] for picture in captioned.picture_of)
+    return {**captioned.skipped, **collections.Counter(filter(None, reasons))}
 
   def usable(
     self, captioned: captioned_pictures.Captioned

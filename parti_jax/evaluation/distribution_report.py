@@ -15,15 +15,16 @@ from parti_jax.evaluation import measurement
 from parti_jax.evaluation import tables
 from parti_jax.evaluation.metrics import distribution
 
-NOTE = (
-  'Fréchet distance: lower is better; it grows as the number of pictures falls, so only rows with '
-  'the same numbers of pictures and the same features are comparable. Precision, recall '
-  '(k = 3): shares of generated pictures on the manifold of the real ones, and the reverse, '
-  'in %; they too depend on the numbers of pictures. Inception score: higher is better; the mean '
-  'over ten parts of the pictures, ± the deviation between them; it grows with the number of '
-  'pictures. '
-  "Alignment: mean cosine of the ranker's features of text and picture."
-)
+# What is said of a column's values below the tables.
+_NOTES = {
+  'frechet_distance': 'Fréchet distance: lower is better; it grows as the number of pictures falls, so '
+  'only rows with the same numbers of pictures and the same features are comparable.',
+  'precision': 'Precision, recall (k = 3): shares of generated pictures on the manifold of the real ones, '
+  'and the reverse, in %; they too depend on the numbers of pictures.',
+  'inception_score': 'Inception score: higher is better; the mean over ten parts of the pictures, ± the '
+  'deviation between them; it grows with the number of pictures.',
+  'alignment': "Alignment: mean cosine of the ranker's features of text and picture.",
+}
 
 _SCORES_NOTE = (
   "CLIPScore: 2.5 · max(cosine, 0) with the text 'A photo depicts ...'; published values are mostly of "
@@ -43,10 +44,13 @@ _COLUMNS: list[_Column] = [
 
 
 def notes(distributions: Iterable[distribution.Distribution]) -> list[str]:
-  """Returns explanations of tables; none if there are none."""
-  found = list(distributions)
-  scored = any(row.scores for table in found for row in table.rows.values())
-  return [NOTE, *([_SCORES_NOTE] if scored else [])] if found else []
+  """Returns explanations of the values in tables; none if there are none."""
+  rows = [row for table in distributions for row in table.rows.values()]
+  shown = [
+    note for name, note in _NOTES.items() if any(getattr(row, name) is not None for row in rows)
+  ]
+  scored = any(row.scores for row in rows)
+  return [*([' '.join(shown)] if shown else []), *([_SCORES_NOTE] if scored else [])]
 
 
 def title(table: distribution.Distribution) -> str:
@@ -113,7 +117,7 @@ class Compared(abc.ABC):
     pictures: name of what they were compared with.
     features: description of the features.
     dim: number of features; None against a reference.
-    reported: remarks of the measurements against a reference.
+    reported: other remarks, such as those of the measurements against a reference.
   """
 
   pictures: str
@@ -135,10 +139,9 @@ class Compared(abc.ABC):
     return f'{self.pictures}, over features: {self.features}'
 
   def remarks(self) -> list[str]:
-    """Returns why distances are unreliable, if they are."""
-    if self.dim is None:
-      return list(self.reported)
-    return distribution.row_remarks(self.rows[0], self.dim)
+    """Returns what was left out, and why distances are unreliable, if they are."""
+    unreliable = [] if self.dim is None else distribution.row_remarks(self.rows[0], self.dim)
+    return [*self.reported, *unreliable]
 
   def text(self) -> str:
     """Renders the table and its remarks for a terminal."""

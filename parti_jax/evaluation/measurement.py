@@ -230,7 +230,7 @@ def read(path: str) -> Measurement:
   if not isinstance(content, dict) or content.get('schema') != SCHEMA:
     raise UserError(
       f"{path} isn't a measurement ({SCHEMA}), as `parti-jax evaluate_samples` and "
-      '`parti-jax evaluate_tokenizer` write it to measurement.json'
+      '`parti-jax evaluate_tokenizer` write it to measurement.json, nor a report of `parti-jax evaluate`'
     )
   return _parsed(path, content)
 

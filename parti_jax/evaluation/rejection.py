@@ -45,12 +45,14 @@ class Comparison:
     captions: the captions.
     picture_of: index of the real picture of each caption.
     real: for each extractor, the features of the real pictures.
+    skipped: reason -> captions left out.
   """
 
   name: str
   captions: Sequence[str]
   picture_of: Int[np.ndarray, 'captions']
   real: Sequence[features_lib.Features]
+  skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +190,13 @@ def of_captions(
   """Returns the usable captions and real pictures of a data set."""
   kept, picture_of = real.usable(captioned)
   captions = [caption for caption, keep in zip(captioned.captions, kept) if keep]
-  return Comparison(captioned.name, captions, picture_of, [found for found, _ in real.features])
+  return Comparison(
+    captioned.name,
+    captions,
+    picture_of,
+    [found for found, _ in real.features],
+    real.skipped(captioned),
+  )
 
 
 def of_openmoji(
@@ -287,6 +295,7 @@ def evaluate(
           extractor.name,
           real.values.shape[1],
           [Share(*values) for values in zip(shares, counts, rows)],
+          reported=captions_evaluation.skipped_remarks(comparison.skipped),
         )
       )
   ranker = features_lib.RankerFeatures(model.ranker, model.model_name).name

@@ -78,8 +78,15 @@ def open_reference(path: str) -> Reference:
   """Opens an .npz of pictures or statistics, or a folder of pictures.
 
   Raises:
-    UserError: it is neither, or is damaged.
+    UserError: it is neither, or is damaged; the message names --reference.
   """
+  try:
+    return _open_reference(path)
+  except UserError as error:
+    raise UserError(f'--reference: {error}') from error
+
+
+def _open_reference(path: str) -> Reference:
   found = pathlib.Path(path)
   if found.suffix != '.npz' or not found.is_file():
     return Reference(path, {}, picture_sets.open_path(path), '')

@@ -16,13 +16,14 @@ from typing import Any
 from PIL import Image
 
 from parti_jax.core import checks
+from parti_jax.evaluation import captions_evaluation
 from parti_jax.evaluation import distribution_report
 from parti_jax.evaluation import line_chart
 from parti_jax.evaluation import measurement
 from parti_jax.evaluation.metrics import distribution
 
 _NOTE = (
-  'Generated pictures against all real ones, as in the report of each point, in the folder points. '
+  'Generated pictures against all real ones, or the reference, as in the report of each point, in the folder points. '
   'Fréchet distance: lower is better. Alignment: mean cosine of texts and pictures by the ranker, ± the '
   'standard error over texts. Points differ in nothing but the settings: prompts and noise are the same.'
 )
@@ -150,6 +151,8 @@ def curves(reports: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> li
   if any(measurement.REFERENCE in _measured(report) for _, report in reports):
     return [_against_reference(reports)]
   found: dict[tuple[str, str, int], list[Point]] = {}
+  # Those of all points are the same, whose protocols are compared.
+  skipped = captions_evaluation.skipped_remarks(reports[0][1].get('skipped', {}))
   for settings, report in reports:
     for name, distributions in _sets(report):
       rows = [_row(table['rows']['generated']) for table in distributions]
@@ -158,7 +161,7 @@ def curves(reports: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> li
         row = dataclasses.replace(row, alignment=alignment)
         key = name, table['features'], table['dim']
         found.setdefault(key, []).append(Point(settings, row))
-  return [Curve(*key, points) for key, points in found.items()]
+  return [Curve(*key, points, reported=skipped) for key, points in found.items()]
 
 
 def _against_reference(

@@ -183,9 +183,15 @@ def test_few_pictures_have_no_inception_score(pictures, monkeypatch):
   assert 'inception score' not in distribution_report.text(table)
 
 
-def test_the_note_names_biased_values():
-  note = distribution_report.NOTE.split('Inception score')[1]
-  assert 'it grows with the number of pictures' in note
+def test_the_note_explains_the_values_that_are_shown():
+  rows = {
+    'generated': distribution.Row(500, 500, 1.0, inception_score=distribution.Estimate(2.0, 0.1)),
+    'real': distribution.Row(500),
+  }
+  (note,) = distribution_report.notes([distribution.Distribution('Inception', 8, rows)])
+  assert note.startswith('Fréchet distance') and 'Precision' not in note and 'cosine' not in note
+  assert 'it grows with the number of pictures' in note.split('Inception score')[1]
+  assert distribution_report.notes([]) == []
 
 
 def test_the_table_names_its_features_and_omits_empty_columns(sets):

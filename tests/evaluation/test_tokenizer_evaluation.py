@@ -141,6 +141,7 @@ def test_another_run_is_refused(folder, tmp_path, capsys):
     (['--vgg16_weights=a'], 'LPIPS needs --lpips_weights FILE and one of'),
     (['--vgg16_weights=a', '--alexnet_weights=b', '--lpips_weights=c'], 'drop one'),
     (['--inception_weights=nowhere'], "nowhere isn't a file"),
+    ([], '--tokenizer nowhere does not exist; give the folder of a run'),
   ],
 )
 def test_bad_flags(flags, named, capsys):
