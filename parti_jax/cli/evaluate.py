@@ -61,6 +61,8 @@ _NUM_IMAGES = {
 }
 # Files of the measurements on captions, besides report.json.
 _MEASUREMENT_FILES = {'inception': 'measurement.json', 'ranker': 'measurement_ranker.json'}
+# Size at which Inception compares pictures, in pixels.
+_IMAGE_SIZE = 256
 # Data sets whose pictures are compared with real ones as a set.
 _AS_SETS = ('openmoji', 'coco', 'localized_narratives', 'imagenet')
 
@@ -108,10 +110,9 @@ def add_arguments(parser: argparse.ArgumentParser):
   parser.add_argument(
     '--image_size',
     type=int,
-    default=256,
     metavar='PIXELS',
-    help='size at which Inception compares pictures; a ranker has a fixed one '
-    '(default: %(default)s)',
+    help='size at which Inception compares pictures; a ranker has a fixed one, and imagenet has '
+    f'--sample_size (default: {_IMAGE_SIZE})',
   )
   parser.add_argument(
     '--batch_size',
@@ -495,8 +496,16 @@ def _write_rejection(
 def _read_captions(args: argparse.Namespace):
   """Reads the captions that the flags select."""
   if args.annotations is None:
+    return coco.read_tfds(args.tfds_dir, args.num_captions, args.seed)
+  reader = coco if args.dataset == 'coco' else localized_narratives
+  return reader.read(args.annotations, args.pictures, args.num_captions, args.seed)
+
+
+def _check_captions(args: argparse.Namespace):
+  """Raises UserError for flags that don't say which captions and pictures to read."""
+  if args.annotations is None:
     if args.dataset == 'coco' and args.pictures is None:
-      return coco.read_tfds(args.tfds_dir, args.num_captions, args.seed)
+      return  # From tensorflow-datasets.
     raise UserError(
       f'--dataset={args.dataset} needs --annotations FILE, and --pictures DIR or --reference PATH'
     )
@@ -507,8 +516,6 @@ def _read_captions(args: argparse.Namespace):
       '--annotations FILE needs either --pictures DIR, the pictures of these captions, or --reference '
       'PATH, what all generated pictures are compared with'
     )
-  reader = coco if args.dataset == 'coco' else localized_narratives
-  return reader.read(args.annotations, args.pictures, args.num_captions, args.seed)
 
 
 def _check_flags(args: argparse.Namespace):
@@ -544,7 +551,19 @@ def _check_flags(args: argparse.Namespace):
   if args.seed < 0:
     raise UserError(f'--seed={args.seed} must not be negative')
   sampling_flags.check_numbers(args, *counts)
-  checks.whole_number('--image_size', args.image_size, 1, features.LARGEST_SIZE)
+  if args.image_size is None:
+    args.image_size = _IMAGE_SIZE
+  else:
+    checks.whole_number('--image_size', args.image_size, 1, features.LARGEST_SIZE)
+    if args.dataset == 'imagenet':
+      raise UserError(
+        '--image_size does not apply to --dataset=imagenet, whose pictures have --sample_size'
+      )
+    if args.inception_weights is None:
+      raise UserError(
+        '--image_size is the size at which Inception compares pictures, and needs --inception_weights '
+        'FILE; a ranker compares them at its own size'
+      )
   if args.inception_weights is not None and not pathlib.Path(args.inception_weights).is_file():
     raise UserError(
       f"--inception_weights {args.inception_weights} isn't a file; give "
@@ -573,6 +592,8 @@ def _check_flags(args: argparse.Namespace):
   evaluate_sweep.check(args)
   if args.dataset == 'imagenet':
     evaluate_classes.check(args)
+  elif args.dataset in evaluate_reference.DATASETS:
+    _check_captions(args)
   known = _SPLITS.get(args.dataset, ())
   args.splits = args.splits or list(known)
   for split in args.splits:

@@ -259,6 +259,11 @@ def test_without_features_to_compare(pipeline, flags, tmp_path):
     (['--annotations=a'], '--annotations only applies to --dataset=coco and localized_narratives'),
     (['--num_captions=0', '--dataset=coco'], '--num_captions must be a positive number'),
     (['--image_size=0'], '--image_size must be a positive number'),
+    (
+      ['--image_size=64'],
+      '--image_size is the size at which Inception compares pictures, and needs',
+    ),
+    (['--dataset=imagenet', '--classes=a', '--image_size=64'], 'whose pictures have --sample_size'),
     (['--inception_weights=nothing.pth'], "--inception_weights nothing.pth isn't a file"),
   ],
 )
