@@ -164,6 +164,7 @@ def compute(
   Raises:
     UserError: pictures can't be read.
   """
+  size = image_sizes.square(config.image_size, 'the evaluation of a tokenizer compares')
   originals, others = stores
   most = None if max_pictures is None else -(-max_pictures // picture_sets.BLOCK)
   total = pictures.count
@@ -177,7 +178,7 @@ def compute(
     total=total, desc='pictures', unit='picture', disable=None if progress else True
   ) as bar:
     count = 0
-    for block in pictures.blocks(config.image_size, wanted):
+    for block in pictures.blocks(size, wanted):
       if count == most:
         break
       if block is not None:

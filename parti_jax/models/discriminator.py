@@ -156,7 +156,7 @@ class Discriminator(nn.Module):
   def __call__(self, images: Float[Array, 'batch height width 3']) -> Float[Array, 'batch']:
     """Returns float32 logits of pictures with values in [0, 1], of a size for `config.sizes`."""
     config, dtype = self.config, jnp.dtype(self.config.dtype)
-    sizes = config.sizes(images.shape[1:3])
+    sizes = config.sizes((images.shape[1], images.shape[2]))
     x = Convolution(config.width(sizes[0]), 1, dtype=dtype, name='from_pixels')(images * 2.0 - 1.0)
     for size in sizes:
       x = Block(config.width(size // 2), dtype, name=f'block_{size}')(x)

@@ -246,7 +246,7 @@ def _picture(
       )
     whole = Image.fromarray(array)
   height, width = image_sizes.sides(size)
-  central = whole.crop(image_sizes.central(*whole.size, size))
+  central = whole.crop(image_sizes.central(whole.width, whole.height, size))
   if central.size != (width, height):
     central = central.resize((width, height), Image.Resampling.BICUBIC)
   return np.asarray(central), whole.size, name
