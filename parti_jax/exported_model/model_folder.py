@@ -257,11 +257,14 @@ def save(
 
   Raises:
     UserError: if the folder exists and may not be replaced, the parameters or the vocabulary don't
-      fit the configs, a network was trained with another vocabulary or tokenizer, a parameter is
-      too large for the dtype, or the folder can't be written.
+      fit the configs, a network was trained with another vocabulary or tokenizer, a ranker would see
+      the pictures stretched, a parameter is too large for the dtype, or the folder can't be written.
   """
   folder = _checked(folder, overwrite, dtype)
   check_sizes(generator_config, tokenizer_config, 'the model to save')
+  ranker = (parts or {}).get('ranker')
+  if ranker is not None and ranker.preprocessing is None:
+    rankers.check_shape(ranker.config, tokenizer_config.image_size)
   networks = {
     'generator': Part(generator_config, generator_params),
     'tokenizer': Part(tokenizer_config, tokenizer_params),

@@ -18,6 +18,7 @@ from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import Int
 
+from parti_jax.core import errors
 from parti_jax.core import image_sizes
 from parti_jax.models import clip
 from parti_jax.models import coca
@@ -136,6 +137,25 @@ def module(config: Config) -> nn.Module:
 def example_inputs(config: Config) -> tuple:
   """Returns images and texts of the shapes that the module takes, for initialisation."""
   return KINDS.of(config).example_inputs(config)
+
+
+def check_shape(config: Config, size: image_sizes.ImageSize) -> None:
+  """Checks that pictures become those of a ranker without preprocessing by resizing alone.
+
+  Args:
+    config: the ranker's config.
+    size: the size of the pictures.
+
+  Raises:
+    UserError: if they would be stretched, unlike the pictures that the ranker was trained on.
+  """
+  (height, width), (own_height, own_width) = map(image_sizes.sides, (size, config.image_size))
+  if height * own_width != width * own_height:
+    raise errors.UserError(
+      f'the ranker is for pictures of {own_height}×{own_width} pixels and would see those of '
+      f'{height}×{width} stretched; train it with {type(config).__name__}.image_size={size}, or use one '
+      'that `parti-jax import ranker` wrote'
+    )
 
 
 def end_id(config: Config) -> int | None:

@@ -31,6 +31,7 @@ from parti_jax.exported_model import model_folder
 from parti_jax.exported_model import sampling_settings
 from parti_jax.models import generators
 from parti_jax.models import image_tokenizers
+from parti_jax.models import rankers
 from parti_jax.sampling import adaptive
 from parti_jax.sampling import decoding
 from parti_jax.sampling import editing
@@ -329,7 +330,7 @@ class TextToImage:
 
     Raises:
       UserError: if the mesh does not divide a parameter, the vocabulary, the ranker or the upscaler
-        can't be read, or `weights` or `cache` is unknown.
+        can't be read, the ranker would see the pictures stretched, or `weights` or `cache` is unknown.
     """
     self.weights = sampling_settings.check_weights(weights)
     self.cache = sampling_settings.check_cache(cache)
@@ -363,6 +364,8 @@ class TextToImage:
     self._parts = model.parts
     if ranker is not None:
       self.ranker = ranking.load(ranker, self.place)
+      if self.ranker.preprocessing is None:
+        rankers.check_shape(self.ranker.config, self.image_size)
     if upscaler is not None:
       self.upscaler = upscaling.load(upscaler, self.place)
 
