@@ -1,6 +1,7 @@
 """The whole chain for pictures that are twice as wide as high, from a folder to a server."""
 
 import contextlib
+import dataclasses
 import json
 
 import numpy as np
@@ -12,7 +13,10 @@ from parti_jax.cli import main
 from parti_jax.core import errors
 from parti_jax.data import token_cache_info
 from parti_jax.data import vocabulary
+from parti_jax.exported_model import model_folder
+from parti_jax.models import rankers
 from parti_jax.sampling import slots
+from parti_jax.sampling import text_to_image
 from parti_jax.serving import image_requests
 from parti_jax.serving import image_service
 
@@ -149,6 +153,27 @@ def test_the_server_offers_width_by_height(model):
     np.testing.assert_array_equal(result.tokens, model.generate('red hat', 1, seed=3).tokens)
     with pytest.raises(image_requests.RequestError, match='choose auto or 32x16'):
       image_requests.checked({'prompt': 'red hat', 'size': '16x32'}, offer, service.limits)
+
+
+def test_a_ranker_of_squares_is_refused(chain, tmp_path):
+  """The demo's; `export` and `load` say so before anything is written or drawn."""
+  found = model_folder.load(chain / 'model')
+  part = model_folder.load_ranker(text_to_image.DEMO_FOLDER)
+  with pytest.raises(errors.UserError, match='pictures of 64×64 pixels and would see those of 16×32'):
+    model_folder.save(
+      tmp_path / 'ranked',
+      generator_config=found.generator_config,
+      generator_params=found.generator_params,
+      tokenizer_config=found.tokenizer_config,
+      tokenizer_params=found.tokenizer_params,
+      vocabulary_path=found.vocabulary_path,
+      parts={'ranker': part},
+    )
+  assert not (tmp_path / 'ranked').exists()
+  with pytest.raises(errors.UserError, match=r'CoCaConfig.image_size=\(16, 32\), or use one'):
+    parti_jax.load(chain / 'model', ranker=text_to_image.DEMO_FOLDER)
+  rankers.check_shape(dataclasses.replace(part.config, image_size=(32, 64)), (HEIGHT, WIDTH))
+  rankers.check_shape(part.config, 16)
 
 
 def test_what_is_for_squares_says_so(chain, model, capsys, tmp_path):
