@@ -159,7 +159,9 @@ def test_a_ranker_of_squares_is_refused(chain, tmp_path):
   """The demo's; `export` and `load` say so before anything is written or drawn."""
   found = model_folder.load(chain / 'model')
   part = model_folder.load_ranker(text_to_image.DEMO_FOLDER)
-  with pytest.raises(errors.UserError, match='pictures of 64×64 pixels and would see those of 16×32'):
+  with pytest.raises(
+    errors.UserError, match='pictures of 64×64 pixels and would see those of 16×32'
+  ):
     model_folder.save(
       tmp_path / 'ranked',
       generator_config=found.generator_config,
