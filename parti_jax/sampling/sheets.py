@@ -32,12 +32,13 @@ def sheet(
   Args:
     title: the heading of the page.
     texts: the text of each cell.
-    images: the pictures of each cell, the same number in each; they are drawn side by side, 128
-      pixels high.
+    images: the pictures of each cell, the same number in each and of one shape; they are drawn side by
+      side, 128 pixels high.
     columns: maximum number of cells in a row.
   """
   font = images_lib.scaled_font(_FONT_SIZE)
-  width = len(images[0]) * (_PICTURE + 2) - 2
+  across = max(1, round(_PICTURE * images[0][0].shape[1] / images[0][0].shape[0]))
+  width = len(images[0]) * (across + 2) - 2
   columns = min(columns, len(texts))
   rows = -(-len(texts) // columns)
   height = _PICTURE + _LINES * _LINE + _GAP
@@ -51,7 +52,7 @@ def sheet(
     left = _MARGIN + index % columns * (width + _GAP)
     upper = top + index // columns * height
     for position, picture in enumerate(pictures):
-      page.paste(_shown(picture), (left + position * (_PICTURE + 2), upper))
+      page.paste(_shown(picture, across), (left + position * (across + 2), upper))
     draw.multiline_text(
       (left, upper + _PICTURE + 2),
       '\n'.join(_label(text, font, width)),
@@ -62,11 +63,11 @@ def sheet(
   return page
 
 
-def _shown(picture: UInt8[np.ndarray, 'height width 3']) -> Image.Image:
-  """Resizes a picture for the sheet; enlarges small ones without smoothing."""
+def _shown(picture: UInt8[np.ndarray, 'height width 3'], across: int) -> Image.Image:
+  """Resizes a picture for the sheet to a width; enlarges small ones without smoothing."""
   enlarge = picture.shape[0] <= _PICTURE // 2
   return Image.fromarray(picture).resize(
-    (_PICTURE, _PICTURE), Image.Resampling.NEAREST if enlarge else Image.Resampling.LANCZOS
+    (across, _PICTURE), Image.Resampling.NEAREST if enlarge else Image.Resampling.LANCZOS
   )
 
 
