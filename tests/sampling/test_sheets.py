@@ -21,6 +21,13 @@ def test_every_picture_is_on_the_page_with_its_text():
   assert page.shape[1] == one_row.width and page.shape[0] > one_row.height + 128
 
 
+def test_wide_pictures_keep_their_shape():
+  picture = np.full((8, 16, 3), 77, np.uint8)
+  page = np.asarray(sheets.sheet('A title', ['text', 'text'], [[picture] * 2] * 2))
+  rows, columns = np.nonzero((page == 77).all(axis=-1))
+  assert len(np.unique(rows)) == 128 and len(np.unique(columns)) == 4 * 256
+
+
 def test_long_texts_are_cut_to_three_lines():
   font = images_lib.scaled_font(13)
   lines = sheets._label('a very long prompt ' * 30, font, 128)
