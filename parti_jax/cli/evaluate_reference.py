@@ -75,7 +75,7 @@ class Against:
     """The features of the reference's pictures, which are computed once.
 
     Raises:
-      UserError: pictures can't be read, or the folder holds features of another reference.
+      UserError: pictures can't be read or are too few, or the folder holds features of another reference.
     """
     folder = output_folder.make(str(self._folder))
     output_folder.claim(folder, {**self.identity, 'image_size': self.size})
@@ -84,6 +84,9 @@ class Against:
       # Pictures of a folder are cropped and resized where they have another size; the protocol says so.
       samples_evaluation.compute(
         self._reference.pictures, self._extractor, store, self.size, progress='reference'
+      )
+      samples_evaluation.check_number(
+        samples_evaluation.facts(store, self._reference.place).pictures, self._reference.place
       )
     return store
 

@@ -383,9 +383,14 @@ def gaussian_of(features: Iterable[np.ndarray], place: str) -> frechet.Gaussian 
     total = moments if total is None else total + moments
   if total is None:
     return None
-  if total.count < 2:
-    raise UserError(f'{place} has one usable picture; a distance needs at least two')
+  check_number(total.count, place)
   return total.gaussian()
+
+
+def check_number(pictures: int, place: str) -> None:
+  """Raises UserError if there are fewer than two pictures."""
+  if pictures < 2:
+    raise UserError(f'{place} has one usable picture; a distance needs at least two')
 
 
 def distance(

@@ -254,6 +254,28 @@ def test_references_that_do_not_fit(pipeline, flags, tmp_path, arrays, message):
   assert not pipeline.generated and not (tmp_path / 'out').exists()
 
 
+@pytest.mark.parametrize(
+  'contents, message',
+  [
+    ([b'no picture'] * 2, 'has no usable picture .2 unknown picture format'),
+    ([b'no picture', None], 'has one usable picture; a distance needs at least two'),
+  ],
+)
+def test_a_reference_without_pictures_is_found_first(pipeline, flags, tmp_path, contents, message):
+  place = tmp_path / 'real'
+  place.mkdir()
+  for index, content in enumerate(contents):
+    if content is None:
+      Image.fromarray(draw('real', index)).save(place / f'{index}.png')
+    else:
+      (place / f'{index}.png').write_bytes(content)
+  with pytest.raises(UserError, match=message):
+    run(
+      *flags[:2], f'--reference={place}', '--sweep', 'top_p=0.5,1', f'--output_dir={tmp_path}/out'
+    )
+  assert not pipeline.generated
+
+
 def test_the_same_captions_are_chosen_without_pictures(tmp_path):
   captions = [f'picture {identity // 3}, {identity % 3}' for identity in range(30)]
   content = {'images': [], 'annotations': []}
