@@ -119,7 +119,7 @@ def of_classes(
     form = 'npz' if 'npz' in args.samples else 'png'
     name = {'npz': class_samples.NPZ_FILE, 'png': class_samples.PNG_FOLDER}[form]
     samples = picture_sets.open_path(str(folder / name))
-    found[measurement.REFERENCE] = shared.against.measure(samples, folder / 'measured' / form)
+    found[measurement.REFERENCE] = shared.against.measure(samples, folder)
   if report.recognized is None:
     return found
   values = {
@@ -184,7 +184,7 @@ def _of_captions_against_reference(
   folder = pathlib.Path(args.output_dir)
   shards = captions_evaluation.generated(folder, shared.captioned)
   samples = generated_set.GeneratedSet(str(shards.folder), shards, report.model_image_size)
-  compared = shared.against.measure(samples, folder / 'measured' / 'generated')
+  compared = shared.against.measure(samples, folder)
   found = {measurement.REFERENCE: with_captions(args, shared, compared)}
   for table in report.distributions:
     row = table.rows['generated']

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import json
 import pathlib
 from collections.abc import Callable
 from collections.abc import Mapping
@@ -67,7 +68,7 @@ class Against:
       )
     self._extractor, self._of_features = evaluate_samples.network(args, model=model)
     samples_evaluation.check_network(reference, self._extractor, self.size)
-    self._folder = pathlib.Path(args.output_dir) / 'reference'
+    self._folder = pathlib.Path(args.output_dir)
     self.identity = {'reference': reference.identity(), 'features': self._of_features}
 
   @functools.cached_property
@@ -75,11 +76,9 @@ class Against:
     """The features of the reference's pictures, which are computed once.
 
     Raises:
-      UserError: pictures can't be read or are too few, or the folder holds features of another reference.
+      UserError: pictures can't be read or are too few.
     """
-    folder = output_folder.make(str(self._folder))
-    output_folder.claim(folder, {**self.identity, 'image_size': self.size})
-    store = feature_blocks.Store(folder, 'reference')
+    store = self._store(self._folder / 'reference', 'reference', self.identity['reference'])
     if self._reference.pictures is not None:
       # Pictures of a folder are cropped and resized where they have another size; the protocol says so.
       samples_evaluation.compute(
@@ -93,17 +92,18 @@ class Against:
   def measure(
     self, samples: picture_sets.PictureSet, folder: pathlib.Path
   ) -> measurement.Measurement:
-    """Compares samples, and keeps their features in a folder."""
-    place = output_folder.make(str(folder))
-    output_folder.claim(
-      place,
-      {'samples': samples.identity(), 'features': self._of_features, 'image_size': self.size},
-    )
-    store = feature_blocks.Store(place, 'samples')
+    """Compares samples, and keeps their features in the folder `measured` of their output folder."""
+    store = self._store(folder / 'measured', 'samples', samples.identity())
     samples_evaluation.compute(samples, self._extractor, store, self.size, progress='samples')
     return samples_evaluation.evaluate(
       samples, self._reference, self._extractor, self._of_features, (store, self.store)
     )
+
+  def _store(self, folder: pathlib.Path, name: str, identity: str) -> feature_blocks.Store:
+    """Returns the store of a set, so that another reference, network or size has another one."""
+    key = json.dumps([identity, self._of_features, self.size], sort_keys=True)
+    place = output_folder.make(str(folder / output_folder.fingerprint(key.encode())))
+    return feature_blocks.Store(place, name)
 
 
 def _size(args: argparse.Namespace, model) -> tuple[int, str]:
@@ -158,8 +158,7 @@ def compare_accepted(
   _ = shared.against.store  # Damaged references are found before pictures are drawn.
 
   def measure(share: float, accepted: picture_sets.PictureSet) -> measurement.Measurement:
-    place = folder / 'measured' / accepted.identity()[:16]
-    found = complete(shared.against.measure(accepted, place))
+    found = complete(shared.against.measure(accepted, folder))
     count = rejection.accepted_count(share, args.num_images)
     drawn = {'share': share, 'accepted': count, 'ranker': ranker}
     return dataclasses.replace(found, subject={**found.subject, **drawn})
