@@ -51,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser):
     nargs='+',
     metavar='SETTING=VALUES',
     help='evaluate at each combination of values, such as guidance_scale=1,1.5,2 top_p=0.9,1, and draw '
-    'the Fréchet distance against the alignment; finished points are kept, so a stopped sweep goes '
-    'on, and more values can be added later',
+    'the Fréchet distance against the alignment; finished points are kept, so a stopped sweep '
+    'resumes, and more values can be added later',
   )
   group.add_argument(
     '--rejection',
