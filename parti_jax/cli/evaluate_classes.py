@@ -9,12 +9,14 @@ from typing import Any
 from parti_jax.cli import evaluate_measurements
 from parti_jax.cli import evaluate_reference
 from parti_jax.cli import sampling_flags
+from parti_jax.core import checks
 from parti_jax.core.errors import UserError
 from parti_jax.data import class_names
 from parti_jax.evaluation import class_samples
 from parti_jax.evaluation import measurement
 from parti_jax.evaluation import output_folder
 from parti_jax.evaluation import rejection
+from parti_jax.evaluation.metrics import features
 from parti_jax.sampling import sheets
 
 # Flags that only apply to this data set, with their defaults.
@@ -77,6 +79,8 @@ def check(args: argparse.Namespace):
       '--inception_weights needs --reference PATH with --dataset=imagenet: real pictures that the samples '
       'are compared with'
     )
+  if args.sample_size is not None:
+    checks.whole_number('--sample_size', args.sample_size, 1, features.LARGEST_SIZE)
   for form in args.samples:
     if form not in class_samples.FORMS:
       raise UserError(
@@ -120,7 +124,7 @@ def rejection_of_classes(
 
   Args:
     args: the checked flags.
-    shared: has the model and what to compare with, `evaluate._Shared`.
+    shared: has the model and what to compare with, `evaluate_shared.Shared`.
 
   Returns:
     The report, and the measurement of each share.
@@ -152,7 +156,7 @@ def run(args: argparse.Namespace, shared):
 
   Args:
     args: the checked flags.
-    shared: has the model, and with --reference what to compare with, `evaluate._Shared`.
+    shared: has the model, and with --reference what to compare with, `evaluate_shared.Shared`.
 
   Returns:
     The report, its contact sheets by name, and their folder.

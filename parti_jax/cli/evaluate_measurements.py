@@ -45,7 +45,7 @@ def of_openmoji(
   Args:
     args: the flags.
     report: the report.
-    shared: has the model, the judge and the extractors, `evaluate._Shared`.
+    shared: has the model, the judge and the extractors, `evaluate_shared.Shared`.
   """
   subject = subject_of(args, report.seed, report.num_images, report.image_size)
   real = _of_emoji(shared)
@@ -111,7 +111,7 @@ def of_classes(
   Args:
     args: the flags.
     report: the report of the samples, which are in the output folder.
-    shared: has the reference, `evaluate._Shared`.
+    shared: has the reference, `evaluate_shared.Shared`.
   """
   found = {}
   if args.reference is not None:
@@ -153,7 +153,7 @@ def of_captions(
   Args:
     args: the flags.
     report: the report.
-    shared: has the captions, the real pictures and the extractors, `evaluate._Shared`.
+    shared: has the captions, the real pictures and the extractors, `evaluate_shared.Shared`.
   """
   if args.reference is not None:
     return _of_captions_against_reference(args, report, shared)
@@ -209,7 +209,7 @@ def with_captions(
 
   Args:
     args: the flags.
-    shared: has the captions and the model, `evaluate._Shared`.
+    shared: has the captions and the model, `evaluate_shared.Shared`.
     found: the comparison.
   """
   captioned = shared.captioned
@@ -244,7 +244,7 @@ def of_rejection(
     args: the flags.
     report: the report.
     comparisons: what it compares with.
-    shared: has the real pictures and the extractors, `evaluate._Shared`.
+    shared: has the real pictures and the extractors, `evaluate_shared.Shared`.
   """
   subject = subject_of(args, report.seed, report.num_images, shared.model.image_size)
   found = {}

@@ -126,7 +126,7 @@ def compare_accepted(
 
   Args:
     args: the checked flags.
-    shared: has the model and what to compare with, `evaluate._Shared`.
+    shared: has the model and what to compare with, `evaluate_shared.Shared`.
     asked: what is drawn.
     claimed: what the pictures depend on besides the flags of all data sets.
     complete: adds to the protocol and the subject of a share.

@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace, connect: Callable[[], tuple[int, int]], together: bool) -> int:
-  samples = picture_sets.open_path(args.samples)
+  samples = picture_sets.open_path(args.samples, 'SAMPLES')
   reference = samples_evaluation.open_reference(args.reference) if args.reference else None
   if args.image_size is None and reference is not None and reference.pictures is not None:
     samples_evaluation.check_sizes(

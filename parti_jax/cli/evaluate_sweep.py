@@ -137,7 +137,7 @@ def run(
 
   Args:
     args: the checked flags.
-    shared: the model and the real pictures, `evaluate._Shared`.
+    shared: the model and the real pictures, `evaluate_shared.Shared`.
     evaluate: evaluates with flags and writes the report to their output folder.
 
   Returns:

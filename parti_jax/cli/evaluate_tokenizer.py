@@ -163,7 +163,7 @@ def run(args: argparse.Namespace) -> int:
 def _open(args: argparse.Namespace, image_size: int) -> picture_sets.PictureSet:
   """Opens the pictures that the flags select."""
   if args.pictures is not None:
-    return picture_sets.open_path(args.pictures)
+    return picture_sets.open_path(args.pictures, '--pictures')
   split = args.split or 'validation'
   if args.tfds is not None:
     return picture_sets.TfdsSet(args.tfds, split, args.tfds_dir)

@@ -196,6 +196,7 @@ def test_bad_flags(pipeline, tmp_path, flags_given, message):
     ('--label=number', "label='number' is unknown"),
     ('--template=photo', 'must have {} once'),
     ('--samples=tar', "unknown form 'tar'; choose from npz, png"),
+    ('--sample_size=100000', '--sample_size=100000 must be a whole number from 1 to 4096'),
   ],
 )
 def test_bad_values(pipeline, flags, tmp_path, flag, message):

@@ -264,6 +264,8 @@ def test_other_files_are_refused(tmp_path, arrays, named):
     picture_sets.open_path(str(tmp_path / 'empty'))
   with pytest.raises(UserError, match='does not exist'):
     picture_sets.open_path(str(tmp_path / 'nowhere'))
+  with pytest.raises(UserError, match='--pictures .*nowhere does not exist'):
+    picture_sets.open_path(str(tmp_path / 'nowhere'), '--pictures')
 
 
 @pytest.mark.parametrize(

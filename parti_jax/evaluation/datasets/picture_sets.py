@@ -311,8 +311,12 @@ class TfdsSet(_Encoded):
         yield example['image']
 
 
-def open_path(path: str) -> PictureSet:
+def open_path(path: str, flag: str = '') -> PictureSet:
   """Opens an .npz or a folder of pictures.
+
+  Args:
+    path: the path.
+    flag: the flag that gives it, for messages, such as '--pictures'.
 
   Raises:
     UserError: it is neither, or has no pictures.
@@ -322,9 +326,9 @@ def open_path(path: str) -> PictureSet:
   if found.is_dir():
     return FolderSet(found)
   if not found.is_file():
-    raise UserError(f'{path} does not exist; give an .npz or a folder of pictures')
+    raise UserError(f'{flag} {path} does not exist; give an .npz or a folder of pictures'.lstrip())
   if found.suffix != '.npz':
-    raise UserError(f'{path} is neither an .npz nor a folder of pictures')
+    raise UserError(f'{flag} {path} is neither an .npz nor a folder of pictures'.lstrip())
   return NpzSet(found, npz_files.open_npz(found))
 
 
