@@ -231,7 +231,7 @@ class ContinuousSampler:
       return busy()
 
   def _step(self) -> None:
-    self._batch.step(self._next_requests)
+    self._batch.step(self._next_requests, self.waiting)
 
   def _next_requests(self, count: int) -> list[running_batch.Request]:
     """Returns the `count` pictures that have waited longest, or fewer; they then wait no more."""

@@ -49,9 +49,10 @@ def call(function: Callable[..., Any], args: Sequence[Any], statics: Mapping[str
     args: trees of arrays.
     statics: static arguments: configs, and linen modules that their configs determine.
   """
+  if function not in _functions or jax.default_backend() != 'cpu':
+    return function(*args, **statics)
   leaves, structure = jax.tree.flatten(tuple(args))
-  arrays = all(isinstance(leaf, (np.ndarray, np.generic, jax.Array)) for leaf in leaves)
-  if function not in _functions or not arrays or jax.default_backend() != 'cpu':
+  if not all(isinstance(leaf, (np.ndarray, np.generic, jax.Array)) for leaf in leaves):
     return function(*args, **statics)
   avals = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
   identity = (function, structure, avals, tuple(sorted(statics.items(), key=lambda item: item[0])))

@@ -26,6 +26,8 @@ from parti_jax.sampling import text_to_image
 
 # Texts are encoded, and pictures decoded, in batches of sizes that differ by this factor.
 _BETWEEN_SIZES = 4
+# Share of the time of a whole batch that free slots may lose while others become free.
+_MOST_HELD_BACK = 1 / 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,11 +148,12 @@ class RunningBatch:
     """Whether `step` has something to do even if no picture joins."""
     return bool(self.count or self._drawn or self._previewed)
 
-  def step(self, next_requests: Callable[[int], Sequence[Request]]) -> None:
+  def step(self, next_requests: Callable[[int], Sequence[Request]], waiting: int) -> None:
     """Lets pictures leave and join, and advances all slots by one call.
 
     Args:
       next_requests: returns pictures that join, at most the given number.
+      waiting: number of pictures that wait for a slot.
     """
     for slot, request in enumerate(self._running):
       if request is not None and request.future.cancelled():
@@ -158,7 +161,10 @@ class RunningBatch:
         self._running[slot] = None
     before, previewed = len(self._drawn), len(self._previewed)
     try:
-      self._admit(next_requests)
+      if self.count < self.size:
+        # Pictures that are asked for during the previous call can then join the next one.
+        jax.block_until_ready(self._reached)
+      self._admit(next_requests, waiting)
       if self.count:
         self._advance()
     except Exception as error:  # The memory of the slots may be gone.
@@ -177,16 +183,31 @@ class RunningBatch:
       self._taken() + [request for drawn in self._drawn for request in drawn.requests], error
     )
 
-  def _admit(self, next_requests: Callable[[int], Sequence[Request]]) -> None:
+  def _admit(self, next_requests: Callable[[int], Sequence[Request]], waiting: int) -> None:
     """Gives free slots to waiting pictures."""
     free = [slot for slot, request in enumerate(self._running) if request is None]
-    admitted = list(next_requests(len(free)))
+    admitted = list(next_requests(0 if self._holds_back(waiting) else len(free)))
     for slot, request in zip(free, admitted):
       self._running[slot] = request
     for slot, request in zip(free, admitted):
       self._requests.set(slot, request.seed, request.image_index, request.settings, request.kept)
     for start, size, count in _pieces(len(admitted), self._sizes):
       self._join(admitted[start : start + count], free[start : start + count], size)
+
+  def _holds_back(self, waiting: int) -> bool:
+    """Returns whether free slots stay free until the next slots are.
+
+    Pictures that join together are encoded and decoded as one batch, and so are those that later
+    take their slots. So a short wait pays off if enough pictures wait for all of these slots.
+    """
+    position = np.asarray(self._requests.position)
+    ahead = [position[slot] for slot, request in enumerate(self._running) if request is not None]
+    if not ahead:
+      return False
+    free = self.size - len(ahead)
+    length, furthest = self._config.image_length, max(ahead)
+    lost = free * (length - furthest) / (self.size * length)
+    return waiting >= free + ahead.count(furthest) and lost <= _MOST_HELD_BACK
 
   def _join(self, requests: list[Request], into: list[int], size: int) -> None:
     """Encodes the texts of pictures, as a batch of `size`, and writes them into their slots."""

@@ -188,6 +188,52 @@ def test_a_cancelled_picture_frees_its_slot(model, expected, without_thread):
   check_same([last], expected[:1])
 
 
+@pytest.mark.parametrize(
+  'behind, asked, running, waiting',
+  [
+    (1, 3, 0, 3),  # Enough wait for all three slots, the last of which are free one call later.
+    (1, 2, 1, 1),
+    (2, 3, 3, 2),  # The wait would be too long.
+  ],
+)
+def test_free_slots_wait_for_others_that_are_free_soon(
+  model, expected, without_thread, behind, asked, running, waiting
+):
+  sampler = continuous.ContinuousSampler(model, 3, 1)
+  ask = lambda count: [sampler.submit(JOINS[0][1], **JOINS[0][2]) for _ in range(count)]
+  futures = ask(1)
+  for _ in range(behind):
+    sampler._step()
+  futures += ask(2)
+  while sampler.running != 2:
+    sampler._step()
+  futures += ask(asked)
+  sampler._step()
+  assert (sampler.running, sampler.waiting) == (running, waiting)
+  turns(sampler)
+  check_same(futures, expected[:1] * len(futures))
+
+
+@pytest.mark.parametrize('batch_size, order', [(2, ['wait', 'ask', 'wait']), (1, ['ask', 'wait'])])
+def test_with_free_slots_pictures_join_once_the_previous_call_is_over(
+  model, without_thread, monkeypatch, batch_size, order
+):
+  sampler = continuous.ContinuousSampler(model, batch_size, 1)
+  sampler.submit(JOINS[0][1])
+  sampler._step()
+  found = []
+
+  def ask(count):
+    found.append('ask')
+    return []
+
+  with monkeypatch.context() as patch:
+    patch.setattr(jax, 'block_until_ready', lambda arrays: found.append('wait'))
+    sampler._batch.step(ask, 0)
+  assert found == order
+  turns(sampler)
+
+
 def test_an_error_of_one_picture_leaves_the_others_alone(
   model, expected, without_thread, monkeypatch
 ):
