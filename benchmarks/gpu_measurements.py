@@ -163,8 +163,8 @@ def attention(settings: Settings) -> dict:
   import jax
   import jax.numpy as jnp
 
-  from parti_jax.models.nn import attention as attention_lib
   from parti_jax.models.nn import attention_cudnn
+  from parti_jax.models.nn import dot_product_attention
 
   length, text = settings.choose((1024, 128), (64, 64))
   counts = np.array([0, 1, text // 2, text])  # One text has no token.
@@ -183,7 +183,7 @@ def attention(settings: Settings) -> dict:
     with jax.default_device(jax.devices('cpu')[0]):
       exact = [jnp.asarray(np.asarray(part, np.float32)) for part in inputs]
       allowed = np.tri(length, dtype=bool) if mask is None else mask
-      expected = with_gradients(attention_lib.attend, exact, allowed)
+      expected = with_gradients(dot_product_attention.attend, exact, allowed)
     errors[name] = [float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(found, expected)]
   worst = max(max(values) for values in errors.values())
   return {

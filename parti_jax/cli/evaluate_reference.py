@@ -69,7 +69,10 @@ class Against:
     self._extractor, self._of_features = evaluate_samples.network(args, model=model)
     samples_evaluation.check_network(reference, self._extractor, self.size)
     self._folder = pathlib.Path(args.output_dir)
-    self.identity = {'reference': reference.identity(), 'features': self._of_features}
+    self.identity: dict[str, Any] = {
+      'reference': reference.identity(),
+      'features': self._of_features,
+    }
 
   @functools.cached_property
   def store(self) -> feature_blocks.Store:
