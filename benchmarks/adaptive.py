@@ -144,13 +144,13 @@ def plot(rows, layers: int) -> Image.Image:
   exits = sorted(
     (row for row in rows if row['setting'].endswith('/1')), key=lambda row: row['layers']
   )
-  for name, colour, top in (('name_top1', '#1f5fbf', 10), ('tone_right', '#c0392b', 28)):
+  for name, color, top in (('name_top1', '#1f5fbf', 10), ('tone_right', '#c0392b', 28)):
     points = [(across(row['layers']), up(row[name][0])) for row in exits]
-    draw.line(points, colour, 2)
+    draw.line(points, color, 2)
     for (x, y), row in zip(points, exits):
-      draw.ellipse([x - 3, y - 3, x + 3, y + 3], colour)
-      draw.text((x - 10, y + 6), row['setting'].split('/')[0], colour, font)
-    draw.text((edge, top), f'{name.replace("_", " ")}, % (at each dot its threshold)', colour, font)
+      draw.ellipse([x - 3, y - 3, x + 3, y + 3], color)
+      draw.text((x - 10, y + 6), row['setting'].split('/')[0], color, font)
+    draw.text((edge, top), f'{name.replace("_", " ")}, % (at each dot its threshold)', color, font)
   return picture
 
 

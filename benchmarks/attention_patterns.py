@@ -139,7 +139,7 @@ def fastest(functions, rounds: int):
 
 def picture(path: str, side: int = 16, kernel: int = 5, zoom: int = 14):
   """Draws what one position sees on the grid and, below, the masks of all positions."""
-  colours = np.array([[240, 240, 244], [96, 150, 216], [216, 92, 60]], np.uint8)
+  colors = np.array([[240, 240, 244], [96, 150, 216], [216, 92, 60]], np.uint8)
   query, width = side * (side // 2) + side // 2, side * zoom
   step = width + 2 * zoom
   canvas = Image.new('RGB', (4 * step + zoom, 2 * step + 2 * zoom), 'white')
@@ -151,7 +151,7 @@ def picture(path: str, side: int = 16, kernel: int = 5, zoom: int = 14):
     label = f'{name}, {kernel} x {kernel}' if name == 'conv' else name
     ImageDraw.Draw(canvas).text((left, 2), label, fill='black')
     for top, values in ((2 * zoom, grid.reshape(side, side)), (3 * zoom + width, mask * 1)):
-      tile = Image.fromarray(colours[values]).resize((width, width), Image.Resampling.NEAREST)
+      tile = Image.fromarray(colors[values]).resize((width, width), Image.Resampling.NEAREST)
       canvas.paste(tile, (left, top))
     lines = ImageDraw.Draw(canvas)
     for line in range(side + 1):

@@ -1,4 +1,4 @@
-"""Converts pictures to sRGB using the colour profiles in their files, with LittleCMS."""
+"""Converts pictures to sRGB using the color profiles in their files, with LittleCMS."""
 
 import functools
 import io
@@ -11,14 +11,14 @@ from PIL import ImageCms
 MAX_BYTES = 2**22
 # Number of distinct profiles whose transforms are cached.
 _KEPT = 32
-# Colour space of a profile -> Pillow's mode of the pictures that it describes.
+# Color space of a profile -> Pillow's mode of the pictures that it describes.
 _MODES = {'GRAY': 'L', 'RGB': 'RGB', 'CMYK': 'CMYK'}
-# A profile counts as sRGB if its colours differ from sRGB's by at most this, of 255.
+# A profile counts as sRGB if its colors differ from sRGB's by at most this, of 255.
 _ROUNDING = 2
 
 
 class UnusableProfile(Exception):
-  """A profile is damaged, too large, or for another colour space than the picture's."""
+  """A profile is damaged, too large, or for another color space than the picture's."""
 
 
 def to_srgb(image: Image.Image, profile: bytes, space: str) -> Image.Image:
@@ -27,7 +27,7 @@ def to_srgb(image: Image.Image, profile: bytes, space: str) -> Image.Image:
   Args:
     image: in L, RGB, RGBA or CMYK.
     profile: the ICC profile in the picture's file.
-    space: 'GRAY', 'RGB' or 'CMYK', the picture's colour space in its file. Grey pictures may have
+    space: 'GRAY', 'RGB' or 'CMYK', the picture's color space in its file. Gray pictures may have
       been converted to RGB.
 
   Returns:
@@ -54,7 +54,7 @@ def to_srgb(image: Image.Image, profile: bytes, space: str) -> Image.Image:
 
 @functools.lru_cache(maxsize=_KEPT)
 def _transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None]:
-  """Returns a profile's colour space, and its transform to sRGB; '' and None if it is unusable.
+  """Returns a profile's color space, and its transform to sRGB; '' and None if it is unusable.
 
   The transform is None if it would change nothing. Threads may share a transform.
   """
@@ -70,7 +70,7 @@ def _transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None]:
 
 
 def _is_identity(transform: ImageCms.ImageCmsTransform, space: str) -> bool:
-  """Returns whether a transform of grey or RGB colours is the identity."""
+  """Returns whether a transform of gray or RGB colors is the identity."""
   if space == 'CMYK':
     return False
   levels = np.arange(256) if space == 'GRAY' else np.linspace(0, 255, 18).round()

@@ -53,7 +53,7 @@ def decode(
   Args:
     data: the encoded picture.
     size: height and width of the result in pixels; one number for squares.
-    to_srgb: whether colours are converted to sRGB if the file has a colour profile, by
+    to_srgb: whether colors are converted to sRGB if the file has a color profile, by
       `color_profiles`. An unusable profile is ignored.
 
   Returns:
@@ -110,8 +110,8 @@ class Header:
     width: width in pixels, before the orientation is applied.
     height: height in pixels, before the orientation is applied.
     format: 'JPEG', 'PNG', 'WEBP', 'GIF' or 'MPO'.
-    plain: whether decoding changes only the mode: the picture is RGB or grey, upright, has one
-      frame, and has neither a colour profile nor transparent areas.
+    plain: whether decoding changes only the mode: the picture is RGB or gray, upright, has one
+      frame, and has neither a color profile nor transparent areas.
   """
 
   width: int
@@ -167,8 +167,8 @@ def _image(
   Args:
     data: the encoded picture.
     size: sufficient shorter side in pixels; 0 for the full size.
-    to_srgb: whether to convert colours to sRGB.
-    crop: applied before the colours are converted.
+    to_srgb: whether to convert colors to sRGB.
+    crop: applied before the colors are converted.
   """
   opened = _opened(data)
   _check_size(opened)
@@ -250,7 +250,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _color_space(mode: str) -> str:
-  """Returns the colour space of one of Pillow's modes, named as in a profile."""
+  """Returns the color space of one of Pillow's modes, named as in a profile."""
   if mode == 'CMYK':
     return 'CMYK'
   return 'GRAY' if mode in ('1', 'L', 'LA', 'La') or mode.startswith('I') else 'RGB'
@@ -269,7 +269,7 @@ def _plain(image: Image.Image) -> Image.Image:
   if image.mode in ('RGB', 'RGBA', 'CMYK') and 'transparency' not in image.info:
     return image
   if image.mode.startswith('I'):
-    return pngs.grey_of_16_bits(image).convert('RGB')
+    return pngs.gray_of_16_bits(image).convert('RGB')
   transparent = image.mode in ('RGBA', 'LA', 'PA', 'La', 'RGBa') or 'transparency' in image.info
   return image.convert('RGBA' if transparent else 'RGB')
 

@@ -1,6 +1,6 @@
 """Decodes JPEGs: rejects damaged files, but accepts merely unusual ones.
 
-Pillow ignores libjpeg's warnings and fills missing or unreadable areas with grey. simplejpeg raises
+Pillow ignores libjpeg's warnings and fills missing or unreadable areas with gray. simplejpeg raises
 the first warning of a file. Some warnings concern files whose pixels are complete: padding before a
 marker, or a header field that decoders ignore. Such a fault is removed from the bytes and the file
 is decoded again, so that no later warning is missed.
@@ -73,7 +73,7 @@ def decode(data: bytes, mode: str, least: int) -> Image.Image:
 
   Args:
     data: the file. Data after the end of its first picture is ignored.
-    mode: 'CMYK' or 'RGB', also for grey pictures.
+    mode: 'CMYK' or 'RGB', also for gray pictures.
     least: sufficient height and width in pixels; 0 for the full size.
 
   Returns:
@@ -270,5 +270,5 @@ def _markers(data: bytes) -> list[_Marker]:
 
 
 def _is_short(markers: list[_Marker]) -> bool:
-  """Returns whether zeros after the last marker may be the end of Adobe's colour segment."""
+  """Returns whether zeros after the last marker may be the end of Adobe's color segment."""
   return bool(markers) and markers[-1].kind == _ADOBE and markers[-1].end - markers[-1].content < 12

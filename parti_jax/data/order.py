@@ -55,7 +55,7 @@ class Order:
 
 
 def mixed(seed: int, what: str, *numbers: int) -> int:
-  """Returns a 32-bit seed that differs for neighbouring seeds and for other uses of a seed.
+  """Returns a 32-bit seed that differs for neighboring seeds and for other uses of a seed.
 
   Args:
     seed: seed of the run.

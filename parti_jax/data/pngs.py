@@ -15,7 +15,7 @@ from parti_jax.data.undecodable import UndecodablePicture
 
 _GREY, _COLOR = 0, 2
 _SIGNATURE = b'\x89PNG\r\n\x1a\n'
-# Chunks that determine how the pixels look; and the colour profile, which may be damaged.
+# Chunks that determine how the pixels look; and the color profile, which may be damaged.
 _NEEDED = (b'IHDR', b'PLTE', b'tRNS', b'eXIf', b'IDAT', b'IEND')
 _PROFILE = b'iCCP'
 
@@ -23,7 +23,7 @@ _PROFILE = b'iCCP'
 def open_leniently(data: bytes) -> ImageFile.ImageFile | None:
   """Opens a PNG that Pillow can't open, without its metadata; returns None if that fails too.
 
-  A damaged colour profile becomes None in the picture's `info`.
+  A damaged color profile becomes None in the picture's `info`.
   """
   if not data.startswith(_SIGNATURE):
     return None
@@ -45,7 +45,7 @@ def decode(image: ImageFile.ImageFile, data: bytes) -> Image.Image:
     data: the file.
 
   Returns:
-    The picture in any of Pillow's modes. A colour that the file declares transparent is applied to
+    The picture in any of Pillow's modes. A color that the file declares transparent is applied to
     the alpha channel; only transparency in a palette stays in `info`.
 
   Raises:
@@ -64,15 +64,15 @@ def decode(image: ImageFile.ImageFile, data: bytes) -> Image.Image:
 
 
 def _with_alpha(image: Image.Image, data: bytes) -> Image.Image:
-  """Returns a grey or coloured picture in RGBA, with the transparent colour applied.
+  """Returns a gray or colored picture in RGBA, with the transparent color applied.
 
-  Pillow compares that colour, which has the file's bit depth, with 8-bit pixels.
+  Pillow compares that color, which has the file's bit depth, with 8-bit pixels.
   """
   depth = data[24]
   transparent = np.bitwise_and(image.info['transparency'], 2**depth - 1)
   if data[25] == _GREY and depth == 16:
     values = np.asarray(image)
-    equal, image = values == transparent, grey_of_16_bits(image)
+    equal, image = values == transparent, gray_of_16_bits(image)
   elif data[25] == _GREY:
     equal = np.asarray(image.convert('L')) == transparent * 255 // (2**depth - 1)
   else:
@@ -85,13 +85,13 @@ def _with_alpha(image: Image.Image, data: bytes) -> Image.Image:
   return image
 
 
-def grey_of_16_bits(image: Image.Image) -> Image.Image:
-  """Returns the upper 8 bits of a 16-bit grey picture; Pillow would clip values at 255."""
+def gray_of_16_bits(image: Image.Image) -> Image.Image:
+  """Returns the upper 8 bits of a 16-bit gray picture; Pillow would clip values at 255."""
   return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 
 def _lower_bytes(data: bytes) -> UInt8[np.ndarray, 'height width 3']:
-  """Returns the lower bytes of a PNG of 16-bit colours."""
+  """Returns the lower bytes of a PNG of 16-bit colors."""
   image = Image.open(io.BytesIO(data), formats=('PNG',))
   # Pillow keeps only the upper bytes, so they are swapped for reading.
   image.tile = [image.tile[0]._replace(args='RGB;16L')]

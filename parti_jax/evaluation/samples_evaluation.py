@@ -310,7 +310,7 @@ def evaluate(
       'inception_score': f'parts of {inception_score.PART:,} in the given order'
       if scored
       else 'none',
-      'precision_recall': f'k = {precision_recall.NEIGHBOURS}, float64',
+      'precision_recall': f'k = {precision_recall.NEIGHBORS}, float64',
     },
     {
       'samples': samples.place,
@@ -476,7 +476,7 @@ def _precision_recall(
 ) -> tuple[dict[str, measurement.Value], list[str]]:
   pools = [np.concatenate(list(store.arrays('values'))) for store in (samples, reference)]
   least = min(map(len, pools))
-  if least <= precision_recall.NEIGHBOURS:
+  if least <= precision_recall.NEIGHBORS:
     return {}, [f'Precision, recall: left out, since there are only {least} pictures.']
   found = precision_recall.precision_recall(pools[0], pools[1])
   values = {

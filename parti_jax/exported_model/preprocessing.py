@@ -41,7 +41,7 @@ class Preprocessing:
 
   Attributes:
     fit: how the picture is fitted into the square: 'crop' resizes the shorter side and cuts out the
-      centre; 'stretch' resizes both sides and changes the aspect ratio; 'pad' resizes the longer
+      center; 'stretch' resizes both sides and changes the aspect ratio; 'pad' resizes the longer
       side and adds black.
     resampling: name of the filter: 'bicubic' or 'bilinear', both with antialiasing.
     crop_rounding: rounding of the crop's offset if an odd number of pixels is cut off: 'down', as

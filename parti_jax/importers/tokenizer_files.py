@@ -36,7 +36,7 @@ _MOST_UNMADE = 0.01
 
 
 def of_clip(given: str) -> bytes:
-  """Returns the tokenizer.json of CLIP's byte pairs, with the behaviour of transformers.
+  """Returns the tokenizer.json of CLIP's byte pairs, with the behavior of transformers.
 
   Unlike OpenAI's own code and open_clip, it doesn't repair garbled text or unescape HTML.
 

@@ -248,7 +248,7 @@ class CLIPTextEncoder(nn.Module):
       text_tokens: a first token, the text, `config.end_id`, and any padding. At most
         `config.text_length` tokens.
       dropout_keys: not used, because CLIP has no dropout.
-      masked: for masked language modelling: True for each token to replace, and the mask vector
+      masked: for masked language modeling: True for each token to replace, and the mask vector
         that replaces its embedding.
 
     Returns:

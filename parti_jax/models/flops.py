@@ -1,7 +1,7 @@
 """Model FLOPs: the cost of the networks' matrix products, without recomputation.
 
 A product of [m, k] and [k, n] counts as 2·m·k·n. Attention counts all pairs of positions (as in
-PaLM, appendix B); a sparse pattern counts the keys in its neighbourhood for each query. Norms,
+PaLM, appendix B); a sparse pattern counts the keys in its neighborhood for each query. Norms,
 softmax and embedding lookups are not counted. A training step costs three forward passes.
 
 Those of a text encoder and of an image-token decoder take the config of Parti, or of another generator

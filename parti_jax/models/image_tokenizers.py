@@ -131,7 +131,7 @@ class Kind(NamedTuple):
   Attributes:
     config: its config class.
     module: makes the linen module from a config.
-    example_inputs: makes images from a config, for initialisation.
+    example_inputs: makes images from a config, for initialization.
     training: what training it takes; None if `TokenizerObjective` can't train it.
   """
 
@@ -204,7 +204,7 @@ def module(config: Config) -> nn.Module:
 
 
 def example_inputs(config: Config) -> tuple:
-  """Returns images of the shape that the module takes, for initialisation."""
+  """Returns images of the shape that the module takes, for initialization."""
   return of(config).example_inputs(config)
 
 

@@ -273,7 +273,7 @@ def resized(
   which later libraries shift both grids, and without antialiasing. Pictures that already have the
   size stay as they are.
   """
-  rows, columns = (_neighbours(old, size) for old in images.shape[1:3])
+  rows, columns = (_neighbors(old, size) for old in images.shape[1:3])
   lower, upper, weight = rows
   above, below = images[:, lower], images[:, upper]
   left_of, right_of, across = columns
@@ -287,8 +287,8 @@ def resized(
   return top + (mixed(below) - top) * down
 
 
-def _neighbours(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Returns the indices of both neighbours of each new position, and the weight of the second."""
+def _neighbors(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Returns the indices of both neighbors of each new position, and the weight of the second."""
   positions = np.arange(new, dtype=np.float32) * (np.float32(old) / np.float32(new))
   lower = np.floor(positions).astype(np.int32)
   return lower, np.minimum(lower + 1, old - 1), positions - lower

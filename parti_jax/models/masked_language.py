@@ -1,4 +1,4 @@
-"""Masked language modelling (BERT, arXiv 1810.04805, section 3.1): masking, and the output head."""
+"""Masked language modeling (BERT, arXiv 1810.04805, section 3.1): masking, and the output head."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def keys_of_texts(text_tokens: Int[Array, 'batch text_length']) -> layers.Dropou
 
 
 class MaskedLanguageHead(nn.Module):
-  """The parameters of masked language modelling that are not part of the text encoder.
+  """The parameters of masked language modeling that are not part of the text encoder.
 
   The mask vector is a parameter of this module, because the vocabulary has no mask piece and the
   text encoder must have the same parameters as in the generator. The output layers are those of

@@ -19,7 +19,7 @@ from parti_jax.models import t5_encoder
 from parti_jax.models.nn import attention_patterns as attention_patterns_lib
 from parti_jax.models.nn import block_options
 
-# The behaviour of older versions, for configuration files that lack these fields.
+# The behavior of older versions, for configuration files that lack these fields.
 LEGACY_DEFAULTS = {
   'attention_patterns': ('global',),
   'conv_kernel': 11,

@@ -78,7 +78,7 @@ class Kind(NamedTuple):
   Attributes:
     config: its config class.
     module: makes the linen module from a config.
-    example_inputs: makes images and texts from a config, for initialisation.
+    example_inputs: makes images and texts from a config, for initialization.
     end_id: makes the token id that a text must end with, from a config; None for any.
   """
 
@@ -135,7 +135,7 @@ def module(config: Config) -> nn.Module:
 
 
 def example_inputs(config: Config) -> tuple:
-  """Returns images and texts of the shapes that the module takes, for initialisation."""
+  """Returns images and texts of the shapes that the module takes, for initialization."""
   return KINDS.of(config).example_inputs(config)
 
 

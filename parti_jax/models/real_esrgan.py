@@ -1,7 +1,7 @@
 """The networks of ESRGAN (arXiv 1809.00219) and Real-ESRGAN (arXiv 2107.10833), which enlarge pictures.
 
 `RRDBNet` is ESRGAN's generator: residual blocks of densely connected convolutions at the resolution
-of the input, then nearest-neighbour upsampling with a convolution after each doubling. Real-ESRGAN
+of the input, then nearest-neighbor upsampling with a convolution after each doubling. Real-ESRGAN
 enlarges by 2 with the same network, after a pixel unshuffle. `SRVGGNetCompact` is the small network
 of its later models: a chain of convolutions with PReLU, a pixel shuffle at the end, and the enlarged
 input added to the result. Both take RGB in [0, 1]. `parti_jax.importers.real_esrgan` reads their

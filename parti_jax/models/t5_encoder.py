@@ -303,7 +303,7 @@ class T5Encoder(nn.Module):
     Args:
       text_tokens: text tokens, padded with 0, which no position attends to.
       dropout_keys: keys of the encoder; None if dropout is off.
-      masked: for masked language modelling: True for each piece to replace, and the mask vector
+      masked: for masked language modeling: True for each piece to replace, and the mask vector
         that replaces its embedding.
 
     Returns:

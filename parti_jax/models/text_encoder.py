@@ -54,7 +54,7 @@ class TextEncoder(nn.Module):
     Args:
       text_tokens: text tokens, padded with 0.
       dropout_keys: keys of the encoder; None if dropout is off.
-      masked: for masked language modelling: True for each piece to replace, and the mask vector
+      masked: for masked language modeling: True for each piece to replace, and the mask vector
         that replaces its embedding.
     """
     pieces = self.token_embedding(text_tokens)

@@ -1,4 +1,4 @@
-"""Pretraining of the text encoder: masked language modelling, and a contrastive loss.
+"""Pretraining of the text encoder: masked language modeling, and a contrastive loss.
 
 Parti first trains its text encoder with BERT's objective and with a contrastive loss between texts
 and pictures, and then trains encoder and decoder together (Parti, section 2.2 of the arXiv
@@ -76,7 +76,7 @@ class TextPretraining(nn.Module):
 
   Attributes:
     config: sizes of Parti, of which only those of the text encoder are used.
-    masked: whether to have a head of masked language modelling.
+    masked: whether to have a head of masked language modeling.
     image: sizes of the image encoder; None for no contrastive head.
   """
 

@@ -93,7 +93,7 @@ class Kind(NamedTuple):
   Attributes:
     config: its config class.
     module: makes the linen module, an `Upscaler`, from a config.
-    example_inputs: makes images from a config, for initialisation.
+    example_inputs: makes images from a config, for initialization.
     forward_flops: returns the FLOPs of one image, from a config and the height and width of the input
       in pixels; None if `SuperResolutionObjective` can't train it.
   """
@@ -154,7 +154,7 @@ def module(config: Config) -> nn.Module:
 
 
 def example_inputs(config: Config) -> tuple:
-  """Returns images of a shape that the module takes, for initialisation."""
+  """Returns images of a shape that the module takes, for initialization."""
   return KINDS.of(config).example_inputs(config)
 
 

@@ -21,7 +21,7 @@ from parti_jax.core import checks
 from parti_jax.core import errors
 
 # Ordered from the axis that communicates least to the one that communicates most: the last axes
-# get the closest neighbours.
+# get the closest neighbors.
 AXES = ('stage', 'data', 'fsdp', 'tensor')
 
 _current: contextvars.ContextVar[Mesh | AbstractMesh | None] = contextvars.ContextVar(
@@ -41,7 +41,7 @@ def make_mesh(
 ) -> Mesh:
   """Makes a mesh over the devices, laid out along the platform's topology.
 
-  With several TPU slices, which only the data-centre network connects, the slices are laid out
+  With several TPU slices, which only the data-center network connects, the slices are laid out
   along the `data` axis, and each other axis stays within a slice.
 
   Args:
@@ -127,7 +127,7 @@ def _rings_of_stages(shape: Sequence[int], devices: Sequence[jax.Device]) -> Ite
 
 
 def _links(layout: np.ndarray) -> tuple[int, ...]:
-  """Returns the most links between neighbours along each axis: the axes that send most come first."""
+  """Returns the most links between neighbors along each axis: the axes that send most come first."""
   coordinates = np.array([device.coords for device in layout.flat]).reshape(layout.shape + (-1,))
   sizes = coordinates.max(axis=tuple(range(layout.ndim))) + 1
   found = []

@@ -294,7 +294,7 @@ def circular_order(
 ) -> PyTree[Float[Array, 'visits layers_per_visit ...']]:
   """Exchanges layers between stages, from sequential order to that of the circular schedule.
 
-  A stage's shard of the parameters has neighbouring layers, but the stage needs every `stages`-th
+  A stage's shard of the parameters has neighboring layers, but the stage needs every `stages`-th
   unit. In each round each stage sends one unit to another stage, so that no stage ever holds more
   than twice its shard.
 

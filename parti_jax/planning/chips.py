@@ -26,7 +26,7 @@ class Chip:
     link_bandwidth: bytes/s of a link, one way.
     closes_at: in two dimensions, a dimension is a ring instead of a line if its size is a multiple
       of this; in three, all are rings if all sizes are multiples.
-    dcn_bandwidth: bytes/s of a chip's share of the data-centre network, between slices.
+    dcn_bandwidth: bytes/s of a chip's share of the data-center network, between slices.
     source: source of the numbers.
   """
 
@@ -60,7 +60,7 @@ CHIPS = {
       50e9,
       4,
       6.25e9,
-      f'{_DOCS}v4; links: arXiv 2304.01433, table 4; data-centre network: as v5p, none is '
+      f'{_DOCS}v4; links: arXiv 2304.01433, table 4; data-center network: as v5p, none is '
       'published',
     ),
     Chip('v5e', 1, 197e12, 16 * _GIB, 15.75 * _GIB, 819e9, 2, 50e9, 16, 3.125e9, f'{_DOCS}v5e'),

@@ -229,7 +229,7 @@ def _constants(plan) -> str:
       f'  {chip["peak_flops"] / 1e12:g} TFLOP/s in bfloat16, {chip["hbm_bytes"] / _GIB:g} GiB of '
       f'HBM at {chip["hbm_bandwidth"] / 1e9:g} GB/s',
       f'  {2 * chip["torus_dimensions"]} links of {chip["link_bandwidth"] / 1e9:g} GB/s one way; '
-      f'data-centre network {chip["dcn_bandwidth"] / 1e9:g} GB/s a chip',
+      f'data-center network {chip["dcn_bandwidth"] / 1e9:g} GB/s a chip',
       f'  {plan["network_model"]}',
     ]
   )

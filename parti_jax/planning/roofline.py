@@ -2,8 +2,8 @@
 
 Model of the network: chips form a torus. A collective runs simultaneously along each torus
 dimension that its devices extend over, and in both directions if the dimension closes to a ring.
-Devices that aren't neighbours share their links with the devices between them. Between slices, a
-collective runs over each chip's share of the data-centre network. A chip's devices share its links
+Devices that aren't neighbors share their links with the devices between them. Between slices, a
+collective runs over each chip's share of the data-center network. A chip's devices share its links
 and its part of that network. Collectives run one after another. The model ignores latency and the
 time of arithmetic outside the matrix units.
 """

@@ -42,7 +42,7 @@ class Topology:
     name: name of the topology, such as '2xv5p:8x8x8'.
     kind: kind of chip, a key of `chips.CHIPS`, or 'cpu'.
     dims: chips along each dimension of a slice; the number of devices for 'cpu'.
-    slices: number of slices, which the data-centre network connects.
+    slices: number of slices, which the data-center network connects.
   """
 
   name: str

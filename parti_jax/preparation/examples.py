@@ -48,7 +48,7 @@ def prepare(
     example: an example of `Source.open_described`.
     default_key: the key for an example without one.
     settings: filters, size and format.
-    to_srgb: whether colours are converted to sRGB if the file has a colour profile.
+    to_srgb: whether colors are converted to sRGB if the file has a color profile.
 
   Raises:
     Unusable: a filter rejects the example.

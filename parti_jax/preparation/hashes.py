@@ -7,14 +7,14 @@ import xxhash
 from PIL import Image
 
 BITS = 63
-# Height and width in pixels of the grey picture to hash, and the number of frequencies per axis.
+# Height and width in pixels of the gray picture to hash, and the number of frequencies per axis.
 _SIDE, _FREQUENCIES = 32, 8
 # The orthonormal cosine transform of the lowest frequencies, float64 [_FREQUENCIES, _SIDE].
 _COSINES = np.sqrt(2 / _SIDE) * np.cos(
   np.pi / _SIDE * np.outer(np.arange(_FREQUENCIES), np.arange(_SIDE) + 0.5)
 )
 _COSINES[0] /= np.sqrt(2)
-# Below this root mean square of its grey values' variation, a picture has nothing to compare.
+# Below this root mean square of its gray values' variation, a picture has nothing to compare.
 _FLAT = 1.0
 _POWERS = 1 << np.arange(BITS, dtype=np.uint64)
 
@@ -28,9 +28,9 @@ def digest(picture: bytes, caption: str = '') -> bytes:
 
 
 def perceptual(image: Image.Image) -> int | None:
-  """Returns a hash of a picture's look, from the lowest frequencies of its grey values.
+  """Returns a hash of a picture's look, from the lowest frequencies of its gray values.
 
-  Resizing and encoding change few bits; cropping and rotation change many. Colours are ignored.
+  Resizing and encoding change few bits; cropping and rotation change many. Colors are ignored.
 
   Args:
     image: the picture.

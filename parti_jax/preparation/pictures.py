@@ -37,7 +37,7 @@ def decode(
     data: the encoded picture.
     header: header of the picture.
     settings: the size.
-    to_srgb: whether colours are converted to sRGB if the file has a colour profile.
+    to_srgb: whether colors are converted to sRGB if the file has a color profile.
 
   Returns:
     The picture in RGB, and a short note for each thing in the file that was ignored.

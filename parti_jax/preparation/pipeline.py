@@ -179,7 +179,7 @@ def add_steps(
     root: the pipeline.
     work: the work to read.
     settings: the preparation of examples.
-    to_srgb: whether colours are converted to sRGB.
+    to_srgb: whether colors are converted to sRGB.
     output: the output for shards.
     source: description of the source, for the report.
   """

@@ -45,7 +45,7 @@ class Settings:
     image_format: 'jpeg', 'webp' or 'png'.
     quality: quality of JPEG and WebP, 1 to 100.
     pass_through: whether a picture that needs no change keeps its bytes: one in `image_format`, not
-      larger than `size`, upright and without a colour profile.
+      larger than `size`, upright and without a color profile.
     min_side: minimum pixels of the shorter side before resizing.
     max_aspect_ratio: maximum ratio of the longer side to the shorter one.
     caption_length: minimum and maximum characters of a caption.

@@ -63,7 +63,7 @@ def write(
     number: index of the shard.
     examples: examples, each with a default key.
     settings: the preparation.
-    to_srgb: whether colours are converted to sRGB.
+    to_srgb: whether colors are converted to sRGB.
 
   Returns:
     The outcome, and a row for each example in the shard, for comparing it with others.

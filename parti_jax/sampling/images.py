@@ -1,4 +1,4 @@
-"""Writes pictures as PNG files with metadata and descriptive names, and draws labelled grids."""
+"""Writes pictures as PNG files with metadata and descriptive names, and draws labeled grids."""
 
 from __future__ import annotations
 
@@ -276,7 +276,7 @@ def grid(
   prompts: Sequence[str],
   display_size=None,
 ) -> Image.Image:
-  """Draws all pictures on a white sheet, with a labelled row for each prompt.
+  """Draws all pictures on a white sheet, with a labeled row for each prompt.
 
   Args:
     images: the pictures.

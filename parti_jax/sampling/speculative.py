@@ -306,7 +306,7 @@ class _Speculation:
     drafts = self._sample(proposals, start)
     tokens = _write(tokens, drafts, start + 1)
     if self._sampling.drafts in ('left', 'above'):
-      copied = jnp.take_along_axis(tokens, self._neighbours(start, known) + 1, axis=1)
+      copied = jnp.take_along_axis(tokens, self._neighbors(start, known) + 1, axis=1)
       drafts = jnp.where(new, copied, drafts)
       proposals = jnp.where(new[..., None], _only(drafts, proposals.shape[-1]), proposals)
       tokens = _write(tokens, drafts, start + 1)
@@ -325,7 +325,7 @@ class _Speculation:
   def _positions(self, start: Int32[Array, 'batch']) -> Int32[Array, 'batch window']:
     return start[:, None] + jnp.arange(self._window)
 
-  def _neighbours(
+  def _neighbors(
     self, start: Int32[Array, 'batch'], known: Int32[Array, 'batch']
   ) -> Int32[Array, 'batch window']:
     """Returns the position before `known` from which each position of the window copies its token.

@@ -114,7 +114,7 @@ class Result:
     return [[images_lib.to_pil(image) for image in row] for row in self._shown]
 
   def grid(self, display_size: int | None = None) -> Image.Image:
-    """Draws all pictures on a white sheet, with a labelled row for each prompt.
+    """Draws all pictures on a white sheet, with a labeled row for each prompt.
 
     Args:
       display_size: height of a picture on the sheet, in pixels. The default is the multiple of its
@@ -943,7 +943,7 @@ class TextToImage:
   ) -> tuple[
     Int32[np.ndarray, '{total} image_length'], UInt8[np.ndarray, '{total} height width 3']
   ]:
-    """Returns uninitialised arrays for the tokens and pixels of pictures."""
+    """Returns uninitialized arrays for the tokens and pixels of pictures."""
     shape = total, *image_sizes.sides(self.image_size), 3
     return np.empty([total, self.config.image_length], np.int32), np.empty(shape, np.uint8)
 

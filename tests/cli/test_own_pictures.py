@@ -40,7 +40,7 @@ TINY = {
 
 
 def _pictures(folder, captions_in):
-  """Writes 24 pictures of one colour with their captions in one of the forms."""
+  """Writes 24 pictures of one color with their captions in one of the forms."""
   folder.mkdir(parents=True)
   rows = []
   for number in range(24):

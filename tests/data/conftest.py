@@ -15,7 +15,7 @@ sys.path.append(str(pathlib.Path(__file__).parent))
 
 
 def encoded(color, size=(8, 8), image_format='png', **kwargs) -> bytes:
-  """Returns an encoded picture of one colour."""
+  """Returns an encoded picture of one color."""
   data = io.BytesIO()
   mode = 'RGBA' if len(color) == 4 else 'RGB'
   Image.new(mode, size, color).save(data, image_format, **kwargs)

@@ -77,7 +77,7 @@ def _full_names() -> dict[str, str]:
 
 
 def _without_variation_selector(code: str) -> str:
-  # U+FE0F only requests the colour form; the two packages disagree on its position.
+  # U+FE0F only requests the color form; the two packages disagree on its position.
   return '-'.join(part for part in code.split('-') if part != 'FE0F')
 
 

@@ -1,4 +1,4 @@
-"""Unusual and damaged pictures: decoded with the right colours, or rejected with a reason."""
+"""Unusual and damaged pictures: decoded with the right colors, or rejected with a reason."""
 
 import io
 import struct

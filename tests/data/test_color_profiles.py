@@ -1,4 +1,4 @@
-"""Colour profiles in pictures: converted to sRGB numerically correctly, or ignored and counted."""
+"""Color profiles in pictures: converted to sRGB numerically correctly, or ignored and counted."""
 
 import concurrent.futures
 import io
@@ -20,7 +20,7 @@ from parti_jax.data.image_decoding import decode_and_note
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
 D50 = (0.9642, 1.0, 0.8249)
-# Primaries of colour spaces in XYZ, relative to D50.
+# Primaries of color spaces in XYZ, relative to D50.
 ADOBE_RGB = ((0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457))
 DISPLAY_P3 = (
   (0.51512, 0.24120, -0.00105),

@@ -316,7 +316,7 @@ def test_other_bytes_before_a_marker_are_damage():
 
 
 def test_zeros_missing_from_adobes_segment_are_not_padding():
-  """Its length is wrong by one bit, so the colours would be misinterpreted."""
+  """Its length is wrong by one bit, so the colors would be misinterpreted."""
   data = bytearray(by_hand([(1, 1)] * 3, adobe=0))
   assert data[4:6] == b'\0\x0e'
   data[5] = 0x0C

@@ -72,7 +72,7 @@ def png(samples, color, depth, interlaced=False, chunks=b''):
 
 
 def _samples(color, depth, few=False):
-  """Random samples; with `few` only four levels, so that many pixels have the same colour."""
+  """Random samples; with `few` only four levels, so that many pixels have the same color."""
   levels = np.random.default_rng(depth).integers(0, 2**depth, 4 if few else 64)
   shape = [HEIGHT, WIDTH, CHANNELS[color]]
   return np.random.default_rng(1).choice(levels, shape)
@@ -83,7 +83,7 @@ def _in_8_bits(samples, depth):
 
 
 def _on_white(colors, opacity):
-  """Blends colours, [height, width, 1 or 3], with white; opacity, [height, width], in 0 to 1."""
+  """Blends colors, [height, width, 1 or 3], with white; opacity, [height, width], in 0 to 1."""
   opacity = opacity[..., None]
   return np.broadcast_to(colors * opacity + 255 * (1 - opacity), [HEIGHT, WIDTH, 3])
 
@@ -153,7 +153,7 @@ def test_a_transparent_color(color, depth, interlaced):
 @pytest.mark.parametrize('color', [GREY, COLOR])
 @pytest.mark.parametrize('byte', [0, 1])
 def test_16_bits_are_compared_with_16_bits(color, byte):
-  """A colour that differs in one byte of one channel isn't the transparent one."""
+  """A color that differs in one byte of one channel isn't the transparent one."""
   samples = np.full([HEIGHT, WIDTH, CHANNELS[color]], 0x1234)
   chunk = _chunk(b'tRNS', struct.pack(f'>{samples.shape[-1]}H', *[0x1234] * samples.shape[-1]))
   samples[:, ::2, -1] ^= 1 << (8 * byte)

@@ -73,7 +73,7 @@ def _numbers(batch):
 
 
 def _pairs(split='train'):
-  """Reads the pairs once, and returns {caption: colour}."""
+  """Reads the pairs once, and returns {caption: color}."""
   batches = Batches('pairs', split, 4, PAIRS, num_epochs=1)
   decode = datasets.get_vocabulary().decode
   read = {

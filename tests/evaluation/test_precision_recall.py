@@ -6,16 +6,16 @@ import pytest
 from parti_jax.evaluation.metrics import precision_recall as lib
 
 
-def by_definition(generated, real, neighbours):
+def by_definition(generated, real, neighbors):
   """The paper's definition, point by point."""
 
   def radii(points):
-    return [sorted(np.linalg.norm(points - point, axis=1))[neighbours] for point in points]
+    return [sorted(np.linalg.norm(points - point, axis=1))[neighbors] for point in points]
 
-  def share(points, centres):
+  def share(points, centers):
     found = [
       any(
-        np.linalg.norm(point - centre) <= radius for centre, radius in zip(centres, radii(centres))
+        np.linalg.norm(point - center) <= radius for center, radius in zip(centers, radii(centers))
       )
       for point in points
     ]
@@ -28,7 +28,7 @@ def test_points_on_a_line():
   real = np.arange(10.0)[:, None]
   # Balls around 0..9 of radius 1 to 2 (k = 2) reach from -2 to 11.
   generated = np.array([[3.5], [4.5], [5.5], [100.0]])
-  found = lib.precision_recall(generated, real, neighbours=2)
+  found = lib.precision_recall(generated, real, neighbors=2)
   assert found.precision == 0.75
   # The ball of 100 has a radius of 95.5 and covers points above 4.5; that of 3.5 reaches 1.5.
   assert found.recall == 0.8

@@ -98,7 +98,7 @@ def _inception_score(logits, size):
 
 
 def _precision_recall(sample, real, k=3):
-  """As ADM's ManifoldEstimator: shares within the distance of the k-th neighbour."""
+  """As ADM's ManifoldEstimator: shares within the distance of the k-th neighbor."""
   distances = lambda a, b: np.sqrt(((a[:, None] - b[None]) ** 2).sum(-1))
   radii = [np.sort(distances(part, part), axis=1)[:, k] for part in (real, sample)]
   between = distances(sample, real)

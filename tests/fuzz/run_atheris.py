@@ -4,7 +4,7 @@
   python tests/fuzz/run_atheris.py picture --seconds=300 --output=runs/fuzz
 
 New inputs go to OUTPUT/TARGET; those that fail are written to the working folder. What is worth
-keeping, small and of a behaviour of its own, belongs in tests/fuzz/corpus/TARGET, which the tests
+keeping, small and of a behavior of its own, belongs in tests/fuzz/corpus/TARGET, which the tests
 try again.
 """
 

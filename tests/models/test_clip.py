@@ -52,7 +52,7 @@ TEXTS = np.array([[28, 3, 4, 5, 6, 7, 29], [28, 0, 9, 0, 29, 0, 0], [28, 29, 0, 
 
 @functools.cache
 def _network(kind):
-  """A module and parameters of which none is 0, drawn without compiling an initialisation."""
+  """A module and parameters of which none is 0, drawn without compiling an initialization."""
   config, lib = (CLIP, clip) if kind == 'CLIP' else (SIGLIP, siglip)
   module = getattr(lib, kind)(config)
   shapes = jax.eval_shape(module.init, jax.random.key(0), *lib.example_inputs(config))['params']

@@ -40,7 +40,7 @@ def test_parti_forward_agrees_with_xla():
   assert BATCH * parti.forward_flops(sizes) == pytest.approx(counted, rel=0.05)
 
 
-def test_patterns_count_the_keys_of_their_neighbourhood():
+def test_patterns_count_the_keys_of_their_neighborhood():
   sizes = parti_config.PartiConfig(attention_patterns=('conv', 'row', 'column', 'global'))
   other = parti_config.PartiConfig()
   fewer = 3 * (4 * 1024 - 121 - 33 - 32 - 1024)  # Keys of a query, in three rounds of four layers.

@@ -1,4 +1,4 @@
-"""Masks of masked language modelling: their statistics, what they spare, what decides them."""
+"""Masks of masked language modeling: their statistics, what they spare, what decides them."""
 
 import jax
 import jax.numpy as jnp

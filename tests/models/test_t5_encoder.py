@@ -45,7 +45,7 @@ def _texts(lengths, length=13):
 
 @functools.cache
 def _params(config):
-  """Random parameters as T5's initialisation makes them, but with scales that are not all 1."""
+  """Random parameters as T5's initialization makes them, but with scales that are not all 1."""
   module = t5_encoder.T5Encoder(config)
   boxed = jax.jit(module.init)(jax.random.key(0), *t5_encoder.example_inputs(config))['params']
   draw = np.random.default_rng(1)

@@ -40,7 +40,7 @@ def seconds(kind, groups, mesh, chip):
     ('all-gather', [list(range(64))], WHOLE * 63 / 64 / (6 * 50e9)),
     # A part of a ring is a line.
     ('all-gather', [[0, 1]], WHOLE / 2 / 50e9),
-    # Chips with another chip between them share its links with the neighbouring groups.
+    # Chips with another chip between them share its links with the neighboring groups.
     ('all-gather', [[0, 2]], WHOLE / 2 / (50e9 / 2)),
     ('all-to-all', [[0, 1, 2, 3]], WHOLE * 4 / 8 / 50e9),
     ('collective-permute', [[0, 1], [1, 0]], WHOLE / 50e9),

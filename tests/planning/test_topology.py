@@ -101,7 +101,7 @@ def test_constants_of_each_chip_have_a_source():
   ],
 )
 def test_each_stage_is_next_to_the_following_one(tpu_devices, name, sizes):
-  """Also the last one to the first, and neighbours along `tensor` stay next to each other."""
+  """Also the last one to the first, and neighbors along `tensor` stay next to each other."""
   del tpu_devices
   parsed = topology.parse(name)
   devices = parsed.devices()

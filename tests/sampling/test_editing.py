@@ -195,7 +195,7 @@ def test_a_mask_takes_every_patch_that_it_touches(model, picture):
 
 
 def test_masks_as_files(picture, tmp_path):
-  """White in a grey mask; transparent in one with transparency, whatever its colours."""
+  """White in a gray mask; transparent in one with transparency, whatever its colors."""
   grey = np.zeros((16, 16), np.uint8)
   grey[0, 0], grey[8, 8] = 128, 127
   Image.fromarray(grey).save(tmp_path / 'grey.png')

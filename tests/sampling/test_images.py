@@ -267,13 +267,13 @@ def test_a_folder_that_can_not_be_written_is_named(tmp_path):
 
 
 def test_grid_shows_every_picture_under_its_label():
-  colours = np.array([[[250, 0, 0], [0, 250, 0]], [[0, 0, 250], [250, 250, 0]]], np.uint8)
-  flat = np.broadcast_to(colours[:, :, None, None], (2, 2, 8, 8, 3))
+  colors = np.array([[[250, 0, 0], [0, 250, 0]], [[0, 0, 250], [250, 250, 0]]], np.uint8)
+  flat = np.broadcast_to(colors[:, :, None, None], (2, 2, 8, 8, 3))
   sheet = np.asarray(images.grid(flat, ['a', 'b ' * 60], display_size=40))
-  counts = [np.sum(np.all(sheet == colour, axis=-1)) for colour in colours.reshape(-1, 3)]
+  counts = [np.sum(np.all(sheet == color, axis=-1)) for color in colors.reshape(-1, 3)]
   assert counts == [40 * 40] * 4
   rows = [
-    np.flatnonzero(np.any(np.all(sheet == colours[row, 0], axis=-1), axis=1))[0] for row in range(2)
+    np.flatnonzero(np.any(np.all(sheet == colors[row, 0], axis=-1), axis=1))[0] for row in range(2)
   ]
   assert np.any(sheet[: rows[0]] < 100)  # The label above the first row.
   lines = (rows[1] - rows[0] - 40) / rows[0]

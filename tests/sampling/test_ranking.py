@@ -91,8 +91,8 @@ def test_what_can_not_be_judged(ranker, texts, images, message):
 
 
 def test_pictures_of_another_size_are_resized(ranker):
-  colours = np.array([[200, 30, 60], [10, 90, 250]], np.uint8)[:, None, None]
-  small, large = (np.tile(colours, (1, size, size, 1)) for size in (8, 20))
+  colors = np.array([[200, 30, 60], [10, 90, 250]], np.uint8)[:, None, None]
+  small, large = (np.tile(colors, (1, size, size, 1)) for size in (8, 20))
   features = ranker.image_features(small)
   assert np.abs(features[0] - features[1]).max() > 1e-3
   np.testing.assert_allclose(ranker.image_features(large), features, atol=1e-5)

@@ -292,9 +292,9 @@ def test_drafts_repeat_the_nearest_known_token(drafts, expected):
     sampling,
   )
   known = jnp.array([4])
-  assert speculation._neighbours(known, known).tolist() == [expected]
-  assert speculation._neighbours(jnp.array([0]), jnp.array([0])).tolist() == [[-1] * 5]
-  first_row = speculation._neighbours(jnp.array([1]), jnp.array([1])).tolist()
+  assert speculation._neighbors(known, known).tolist() == [expected]
+  assert speculation._neighbors(jnp.array([0]), jnp.array([0])).tolist() == [[-1] * 5]
+  first_row = speculation._neighbors(jnp.array([1]), jnp.array([1])).tolist()
   assert first_row == [[0, 0, 0, -1, -1] if drafts == 'left' else [0, 0, 0, 0, 0]]
 
 

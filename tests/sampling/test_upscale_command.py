@@ -24,7 +24,7 @@ def _pixels(height, width, seed=0):
 
 @pytest.fixture
 def files(tmp_path):
-  """A picture of this package, a grey one, and one that is only just large enough."""
+  """A picture of this package, a gray one, and one that is only just large enough."""
   images_lib.save(tmp_path, 'drawn', Image.fromarray(_pixels(5, 8)), {'prompt': 'ein Bär'})
   Image.fromarray(_pixels(4, 7)[..., 0]).save(tmp_path / 'grey.png')
   Image.fromarray(_pixels(2, 3)).save(tmp_path / 'small.webp', lossless=True)

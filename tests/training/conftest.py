@@ -22,7 +22,7 @@ def clean_gin():
 
 
 def _write_pictures(folder, name, count, seed):
-  """Writes pictures of two colours, 16×16, and their captions file."""
+  """Writes pictures of two colors, 16×16, and their captions file."""
   draw, lines = np.random.default_rng(seed), []
   for index in range(count):
     pixels = np.empty((16, 16, 3), np.uint8)

@@ -99,7 +99,7 @@ def test_crops_come_from_the_whole_width():
     key = dataclasses.replace(keys, rows=jnp.array([row], keys.rows.dtype))
     _, aux = loss(params, {'images': images[:1]}, key, 0)
     seen.add(float(aux['metrics']['l2']) > 1e-6)
-  # Without an edge, a picture of one colour is enlarged exactly.
+  # Without an edge, a picture of one color is enlarged exactly.
   assert seen == {False, True}
 
 

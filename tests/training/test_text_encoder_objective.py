@@ -174,7 +174,7 @@ def test_evaluation_masks_a_text_the_same_in_every_batch():
 
 
 def test_it_learns_a_tiny_text():
-  # Every text repeats its own piece, so that a hidden one follows from its neighbours.
+  # Every text repeats its own piece, so that a hidden one follows from its neighbors.
   texts = np.tile(np.arange(3, 19, dtype=np.int32)[:, None], (1, 8))
   texts[:, 7] = 1
   objective = dataclasses.replace(MASKED, model=dataclasses.replace(MODEL, dropout=0.0))

@@ -46,7 +46,7 @@ ROWS = {
 # of a part can't exceed its number of pictures, so it is meaningless for small parts.
 _SPLITS = inception_score.SPLITS
 _LEAST_OF_A_SPLIT = 50
-# With fewer pictures, the balls of precision and recall, up to the third neighbour, are too large.
+# With fewer pictures, the balls of precision and recall, up to the third neighbor, are too large.
 _FEW_PICTURES = 100
 # With fewer prompts or captions, a standard error is rough.
 FEW_PROMPTS = 30
@@ -215,7 +215,7 @@ def measure(name: str, sets: Sets, seed: int = 0) -> Distribution:
   if sets.texts is not None and len(np.unique(sets.picture_of)) > 1:
     others = _pictures_of_others(sets.picture_of, rng)
     rows['other_captions'] = Row(len(real), **_fit(sets, real[others], captions))
-  if len(half) > precision_recall.NEIGHBOURS and len(generated_half) > precision_recall.NEIGHBOURS:
+  if len(half) > precision_recall.NEIGHBORS and len(generated_half) > precision_recall.NEIGHBORS:
     rows['generated_half'] = _row(generated[generated_half], real[half])
     rows['real_half'] = _row(real[other_half], real[half])
   dim = real.values.shape[1]
@@ -318,13 +318,13 @@ def _remarks(rows: Mapping[str, Row], dim: int, scored: bool) -> list[str]:
     {
       key: count
       for key, count in compared.items()
-      if precision_recall.NEIGHBOURS < count < _FEW_PICTURES
+      if precision_recall.NEIGHBORS < count < _FEW_PICTURES
     },
     f'Precision, recall: unreliable for fewer than {_FEW_PICTURES} pictures, since the balls '
     'around them are large',
   )
   add(
-    {key: count for key, count in compared.items() if count <= precision_recall.NEIGHBOURS},
+    {key: count for key, count in compared.items() if count <= precision_recall.NEIGHBORS},
     'Omitted for too few pictures: precision and recall, and for one also the Fréchet distance',
   )
   if scored:
@@ -367,7 +367,7 @@ def _row(
 ) -> Row:
   """Compares two sets; `fit` is the result of `_fit`."""
   found = None
-  if min(len(pictures), len(real)) > precision_recall.NEIGHBOURS:
+  if min(len(pictures), len(real)) > precision_recall.NEIGHBORS:
     found = precision_recall.precision_recall(pictures.values, real.values)
   return Row(
     pictures=len(pictures),
@@ -446,6 +446,6 @@ def _pictures_of_others(
 ) -> Int[np.ndarray, 'captions']:
   """Returns for each caption the index of a random picture that isn't its own."""
   turned = rng.permutation(np.unique(picture_of)).tolist()
-  # Each picture's neighbour in a ring is a different one (unless there is only one picture).
-  neighbour = dict(zip(turned, [*turned[1:], turned[0]]))
-  return np.array([neighbour[picture] for picture in picture_of.tolist()])
+  # Each picture's neighbor in a ring is a different one (unless there is only one picture).
+  neighbor = dict(zip(turned, [*turned[1:], turned[0]]))
+  return np.array([neighbor[picture] for picture in picture_of.tolist()])

@@ -1,7 +1,7 @@
 """Precision and recall of pictures, over given features (Kynkäänniemi et al. 2019).
 
 arXiv 1904.06991, section 3: the manifold of a set is the union of balls around its pictures'
-features. The radius of each ball is the distance to the k-th nearest neighbour in the set.
+features. The radius of each ball is the distance to the k-th nearest neighbor in the set.
 Precision is the share of generated pictures on the manifold of the real ones (are they good?).
 Recall is the share of real pictures on the manifold of the generated ones (are they all covered?).
 """
@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float
 from jaxtyping import Float64
 
-NEIGHBOURS = 3
+NEIGHBORS = 3
 
 # Bytes of distances held at once.
 _BLOCK_BYTES = 1 << 27
@@ -35,7 +35,7 @@ class PrecisionRecall:
 def precision_recall(
   generated: Float[np.ndarray, 'generated dim'],
   real: Float[np.ndarray, 'real dim'],
-  neighbours: int = NEIGHBOURS,
+  neighbors: int = NEIGHBORS,
 ) -> PrecisionRecall:
   """Measures precision and recall.
 
@@ -44,7 +44,7 @@ def precision_recall(
   Args:
     generated: features of generated pictures.
     real: features of real pictures.
-    neighbours: k; the paper uses 3.
+    neighbors: k; the paper uses 3.
 
   Returns:
     Precision and recall.
@@ -53,44 +53,44 @@ def precision_recall(
     ValueError: a set has at most k pictures, so the balls are undefined.
   """
   for name, features in (('generated', generated), ('real', real)):
-    if len(features) <= neighbours:
-      raise ValueError(f'{len(features)} {name} pictures; more than {neighbours} are needed')
+    if len(features) <= neighbors:
+      raise ValueError(f'{len(features)} {name} pictures; more than {neighbors} are needed')
   # Relative to an origin near both sets, float64 represents the squared distances accurately
   # enough.
   origin = real.mean(axis=0, dtype=np.float64)
   generated = generated.astype(np.float64) - origin
   real = real.astype(np.float64) - origin
   return PrecisionRecall(
-    precision=_share_inside(generated, real, _squared_radii(real, neighbours)),
-    recall=_share_inside(real, generated, _squared_radii(generated, neighbours)),
+    precision=_share_inside(generated, real, _squared_radii(real, neighbors)),
+    recall=_share_inside(real, generated, _squared_radii(generated, neighbors)),
   )
 
 
 def _squared_radii(
-  features: Float64[np.ndarray, 'points dim'], neighbours: int
+  features: Float64[np.ndarray, 'points dim'], neighbors: int
 ) -> Float64[np.ndarray, 'points']:
-  """Returns each point's squared distance to its k-th neighbour, excluding itself."""
+  """Returns each point's squared distance to its k-th neighbor, excluding itself."""
   radii = []
   for block, distances in _squared_distances(features, features):
-    # A point isn't its own neighbour, but other points at the same position are.
+    # A point isn't its own neighbor, but other points at the same position are.
     distances[np.arange(len(distances)), np.arange(block.start, block.start + len(distances))] = (
       np.inf
     )
-    radii.append(np.partition(distances, neighbours - 1, axis=1)[:, neighbours - 1])
+    radii.append(np.partition(distances, neighbors - 1, axis=1)[:, neighbors - 1])
   return np.concatenate(radii)
 
 
 def _share_inside(
   points: Float64[np.ndarray, 'points dim'],
-  centres: Float64[np.ndarray, 'balls dim'],
+  centers: Float64[np.ndarray, 'balls dim'],
   squared_radii: Float64[np.ndarray, 'balls'],
 ) -> float:
   """Returns the share of points that lie in any of the balls."""
   # A point on the surface of a ball is inside, whatever rounding makes of its distance.
-  norms = np.einsum('pd,pd->p', centres, centres)
+  norms = np.einsum('pd,pd->p', centers, centers)
   squared_radii = squared_radii + _ROUNDING * norms.max()
   inside = [
-    (distances <= squared_radii).any(axis=1) for _, distances in _squared_distances(points, centres)
+    (distances <= squared_radii).any(axis=1) for _, distances in _squared_distances(points, centers)
   ]
   return float(np.concatenate(inside).mean())
 

@@ -73,9 +73,9 @@ class AttentionPattern:
 
   @property
   def num_keys(self) -> int:
-    """Number of keys in a query's neighbourhood, for counting FLOPs.
+    """Number of keys in a query's neighborhood, for counting FLOPs.
 
-    Keys of the neighbourhood that come after the query count too.
+    Keys of the neighborhood that come after the query count too.
     """
     rows, columns = self.grid
     counts = {'conv': self.kernel**2, 'row': columns + 1, 'column': rows, 'global': self.length}
@@ -146,7 +146,7 @@ class AttentionPattern:
 
   @functools.cached_property
   def order(self) -> Int[np.ndarray, 'length']:
-    """The positions in an order that makes those that attend to each other neighbours.
+    """The positions in an order that makes those that attend to each other neighbors.
 
     For 'column' this is column by column, which gives a kernel whole blocks to skip (DALL-E,
     figure 11). For the other patterns it is raster order.
