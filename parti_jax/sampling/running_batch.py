@@ -1,4 +1,4 @@
-"""A batch of pictures that is sampled all the time, while pictures join and leave it.
+"""A batch that is sampled continuously, while pictures join and leave it.
 
 Between two calls of a compiled program, which advances all slots by a few tokens, pictures that are
 finished leave their slots and waiting ones take them. The programs are those of `slots`; this module

@@ -1,4 +1,4 @@
-"""Draws for other programs, by HTTP, and for people, on a page in the browser.
+"""Draws for other programs, over HTTP, and for people, on a page in the browser.
 
 `image_service` queues and samples pictures for both. Only `http_server` needs the extra `serve`, and
 only `page` needs the extra `ui`.

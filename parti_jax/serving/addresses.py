@@ -1,4 +1,4 @@
-"""Addresses on which to answer."""
+"""Addresses to listen on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Follows a request: what there is to see of its pictures, again and again, until they are drawn."""
+"""Follows a request: the state of its pictures at each change, until they are drawn."""
 
 from __future__ import annotations
 
