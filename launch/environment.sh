@@ -44,9 +44,11 @@ source_state() {
 # install REQUIREMENT: installs `.` or `.[extra]` from the repository into the environment, unless
 # the same files are installed there already.
 install() {
-  local requirement=$1 python state stamp other
+  local requirement=$1 python state stamp larger other
   local installer=("$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off)
   stamp=$venv/parti_jax_installed_$(printf '%s' "$requirement" | tr -c '[:alnum:]' _)
+  # The extra dev has all of test.
+  larger=${stamp/%__test_/__dev_}
   # pip is the last thing that venv puts there: without it, venv was interrupted.
   if [[ ! -x $venv/bin/pip ]]; then
     python=$(find_python)
@@ -55,9 +57,11 @@ install() {
       || fail "$python -m venv failed; on Debian and Ubuntu install python3-venv"
   fi
   state="$(source_state) $versions"
-  if [[ -f $stamp && $(<"$stamp") == "$state" ]]; then
-    return
-  fi
+  for other in "$stamp" "$larger"; do
+    if [[ -f $other && $(<"$other") == "$state" ]]; then
+      return
+    fi
+  done
   echo 'Installing parti_jax and the packages it needs (a minute or two)'
   # setuptools would include files that an earlier build left here.
   rm -rf "$repository/build/lib"

@@ -19,4 +19,6 @@ if [[ ${1:-} == --lowest ]]; then
 fi
 install '.[test]'
 cd "$repository"
-exec "$venv/bin/python" -P -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile "$@"
+# In the order of the files: by default those of the fewest tests come last, among them the longest one.
+exec "$venv/bin/python" -P -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile \
+  --no-loadscope-reorder "$@"

@@ -184,7 +184,8 @@ def test_test_installs_the_extra_and_passes_arguments_on(checkout):
   assert done.returncode == 0, done.stderr
   assert '<.[test]>' in done.stdout
   assert done.stdout.splitlines()[-1].endswith(
-    '<pytest> <--numprocesses=auto> <--maxprocesses=4> <--dist=loadfile> <-m> <slow>'
+    '<pytest> <--numprocesses=auto> <--maxprocesses=4> <--dist=loadfile> <--no-loadscope-reorder> '
+    '<-m> <slow>'
   )
 
 
@@ -195,7 +196,9 @@ def test_test_takes_the_lowest_versions_in_an_environment_of_their_own(checkout)
   installing = [line for line in done.stdout.splitlines() if 'Installing <' in line]
   assert installing[0].endswith(' <uv>')
   assert '<uv> <pip> <install> <--upgrade> <--resolution> <lowest-direct>' in installing[1]
-  assert done.stdout.splitlines()[-1].endswith('<--dist=loadfile> <tests/cli/test_main.py>')
+  assert done.stdout.splitlines()[-1].endswith(
+    '<--no-loadscope-reorder> <tests/cli/test_main.py>'
+  )
   assert not (checkout / '.venv').exists()
 
 
@@ -285,6 +288,10 @@ def test_check_runs_every_check_and_names_those_that_fail(checkout):
   failed = _run(checkout, 'check.sh')
   assert failed.returncode == 2
   assert failed.stderr == 'check.sh: error: these checks failed: codespell\n'
+  _write_tool(checkout, 'mkdocs', status=1)
+  failed = _run(checkout, 'check.sh')
+  assert failed.returncode == 2
+  assert failed.stderr == 'check.sh: error: these checks failed: codespell, mkdocs\n'
   called = failed.stdout.splitlines()
   assert called[-1] == 'mkdocs <build> <--strict>'
   assert 'ruff <check> <.>' in called and 'ruff <format> <--check> <.>' in called
@@ -296,6 +303,9 @@ def test_installations_with_other_extras_stay_valid(checkout):
   _run(checkout, 'check.sh')
   assert 'Installing' in _run(checkout, 'quickstart.sh', 'x').stdout
   assert 'Installing' not in _run(checkout, 'check.sh').stdout
+  # The tests need less than the checks.
+  assert 'Installing <-m> <pip>' not in _run(checkout, 'test.sh').stdout
   (checkout / 'setup.cfg').write_text('2')
+  assert 'Installing <-m> <pip>' in _run(checkout, 'test.sh').stdout
   assert 'Installing' in _run(checkout, 'quickstart.sh', 'x').stdout
   assert 'Installing' in _run(checkout, 'check.sh').stdout
