@@ -36,8 +36,8 @@ os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.3')
 
 # Tracing makes many objects that live on. Python's own threshold, 700, looks through them too often.
 gc.set_threshold(20_000, 20, 20)
-# The memory of a process above which the programs of earlier files are dropped.
-_MOST_BYTES = 7 * 2**28
+# The memory that a process may take for the programs of earlier files before they are dropped.
+_ROOM = 5 * 2**28
 
 import runtime_types  # noqa: E402
 
@@ -49,8 +49,11 @@ def pytest_collection_finish():
 
   Looking through its 800,000 objects after each file takes as long as a dozen small tests.
   """
+  global _most_bytes
   gc.collect()
   gc.freeze()
+  # All files together import TensorFlow and much else: more than 1 GiB.
+  _most_bytes = min(compiled_programs.resident_bytes(), 2**31) + _ROOM
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +77,7 @@ def few_programs():
     compiled_programs.drop_lowered()
   gc.collect()
   compiled_programs.return_freed_memory()
-  if jax and compiled_programs.resident_bytes() > _MOST_BYTES:
+  if jax and compiled_programs.resident_bytes() > _most_bytes:
     jax.clear_caches()
     gc.collect()
     compiled_programs.return_freed_memory()
