@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import xla_flags
 from PIL import Image
 
 pytestmark = pytest.mark.process
@@ -37,7 +38,8 @@ warmup_cosine.warmup_steps = 20
 
 def parti_jax(*arguments):
   """Runs a command as a user does, on one device; returns what it printed."""
-  environment = {**os.environ, 'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu'}
+  flags = ' '.join(xla_flags.of(devices=1))
+  environment = {**os.environ, 'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}
   done = subprocess.run(
     [sys.executable, '-m', 'parti_jax.cli.main', *map(str, arguments)],
     env=environment,
