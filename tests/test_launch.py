@@ -196,9 +196,7 @@ def test_test_takes_the_lowest_versions_in_an_environment_of_their_own(checkout)
   installing = [line for line in done.stdout.splitlines() if 'Installing <' in line]
   assert installing[0].endswith(' <uv>')
   assert '<uv> <pip> <install> <--upgrade> <--resolution> <lowest-direct>' in installing[1]
-  assert done.stdout.splitlines()[-1].endswith(
-    '<--no-loadscope-reorder> <tests/cli/test_main.py>'
-  )
+  assert done.stdout.splitlines()[-1].endswith('<--no-loadscope-reorder> <tests/cli/test_main.py>')
   assert not (checkout / '.venv').exists()
 
 
