@@ -23,6 +23,7 @@ from parti_jax.exported_model import model_folder
 from parti_jax.models import generators
 from parti_jax.models import image_tokenizers
 from parti_jax.models import parti_config
+from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.sampling import text_to_image
 from parti_jax.training import configurables  # noqa: F401
 from parti_jax.training.objectives import frozen_tokenizer
@@ -93,7 +94,10 @@ def models(tmp_path_factory):
 
 @pytest.fixture(name='few_steps')
 def _few_steps(monkeypatch):
-  """Trains tiny networks as fast as they learn; the command's rates are for larger ones."""
+  """Trains tiny networks as fast as they learn; the command's rates are for larger ones.
+
+  On one device, as most who use the command have: steps of eight emulated ones take much longer.
+  """
   schedule = own_plan.schedule
   faster = lambda *arguments: [
     *schedule(*arguments),
@@ -101,6 +105,8 @@ def _few_steps(monkeypatch):
     'train.pictures_every = 0',
     'train.checkpoint_every = 0',
   ]
+  one_device = functools.partial(mesh_lib.make_mesh, devices=jax.devices()[:1])
+  monkeypatch.setattr(mesh_lib, 'make_mesh', one_device)
   monkeypatch.setattr(own_plan, 'schedule', faster)
   monkeypatch.setattr(own_plan, 'num_steps', lambda *arguments: 160)
   monkeypatch.setattr(own_pictures._Work, '_seconds_per_step', lambda *arguments: 0.1)
