@@ -13,7 +13,7 @@ _MODULES = {
   # Sampling.
   'load': 'parti_jax.sampling.text_to_image',
   'TextToImage': 'parti_jax.sampling.text_to_image',
-  'Result': 'parti_jax.sampling.text_to_image',
+  'Result': 'parti_jax.sampling.results',
   'ContinuousSampler': 'parti_jax.sampling.continuous',
   'SamplingSettings': 'parti_jax.exported_model.sampling_settings',
   # Networks.

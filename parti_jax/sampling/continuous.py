@@ -19,6 +19,7 @@ from jaxtyping import Int32
 from parti_jax.core import checks
 from parti_jax.core.errors import UserError
 from parti_jax.exported_model import sampling_settings
+from parti_jax.sampling import results
 from parti_jax.sampling import running_batch
 from parti_jax.sampling import text_to_image
 
@@ -96,7 +97,7 @@ class ContinuousSampler:
     negative: str | None = None,
     kept=None,
     **sampling,
-  ) -> concurrent.futures.Future[text_to_image.Result]:
+  ) -> concurrent.futures.Future[results.Result]:
     """Asks for a picture.
 
     Args:

@@ -21,6 +21,7 @@ from jaxtyping import UInt8
 
 from parti_jax.core import numerics
 from parti_jax.exported_model import sampling_settings
+from parti_jax.sampling import results as results_lib
 from parti_jax.sampling import slots as slots_lib
 from parti_jax.sampling import text_to_image
 
@@ -58,7 +59,7 @@ class Request:
   seed: int
   image_index: int
   settings: sampling_settings.SamplingSettings
-  future: concurrent.futures.Future[text_to_image.Result]
+  future: concurrent.futures.Future[results_lib.Result]
   on_preview: Callable[[Preview], None] | None = None
   preview_at: tuple[int, ...] = ()
   negative: str | None = None
@@ -350,8 +351,8 @@ class RunningBatch:
     request: Request,
     image: UInt8[np.ndarray, 'height width 3'],
     tokens: Int32[np.ndarray, 'image_length'],
-  ) -> text_to_image.Result:
-    return text_to_image.Result(
+  ) -> results_lib.Result:
+    return results_lib.Result(
       image[None, None],
       tokens[None, None],
       [request.prompt],

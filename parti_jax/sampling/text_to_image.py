@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import os
 import pathlib
-import warnings
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
@@ -15,278 +13,42 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Bool
 from jaxtyping import Float32
 from jaxtyping import Int32
 from jaxtyping import UInt8
-from PIL import Image
 
 from parti_jax.core import checks
 from parti_jax.core import image_sizes
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
-from parti_jax.data import text_tokenizer
 from parti_jax.exported_model import adapters
 from parti_jax.exported_model import model_folder
 from parti_jax.exported_model import sampling_settings
-from parti_jax.models import generators
 from parti_jax.models import image_tokenizers
 from parti_jax.models import rankers
 from parti_jax.sampling import adaptive
+from parti_jax.sampling import batch_sizes
 from parti_jax.sampling import decoding
 from parti_jax.sampling import editing
 from parti_jax.sampling import images as images_lib
 from parti_jax.sampling import parameters
 from parti_jax.sampling import placement
 from parti_jax.sampling import programs
+from parti_jax.sampling import prompt_encoder
 from parti_jax.sampling import prompt_weights as prompt_weights_lib
 from parti_jax.sampling import ranking
+from parti_jax.sampling import request
+from parti_jax.sampling import results
 from parti_jax.sampling import slots
 from parti_jax.sampling import speculative
 from parti_jax.sampling import upscaling
 
 DEMO_FOLDER = pathlib.Path(__file__).parent.parent / 'demo'
 
-# Maximum number of images in a batch. A larger batch isn't faster on a CPU.
-_MOST_AT_ONCE = {'cpu': 32}
-_MOST_AT_ONCE_ELSEWHERE = 64
-# Maximum size of the caches of a batch, in bytes; the tighter bound for large models.
-_MOST_CACHE_BYTES = 1 << 30
 # Maximum size of a batch's logits at all positions at once, in bytes.
 _MOST_LOGITS_BYTES = 1 << 28
 # Maximum number of pictures that the tokenizer encodes at once.
 _TOKENIZER_BATCH = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-  """Pictures, and what they were sampled from.
-
-  Attributes:
-    images: the pictures.
-    tokens: their image tokens.
-    prompts: the prompt of each row.
-    seed: the seed.
-    settings: the sampling settings.
-    model: name of the model.
-    usage: what the tokens computed, with NumPy arrays; None if the settings skip nothing.
-    passes: how many passes of the decoder the pictures took, with NumPy arrays; None without
-      speculative decoding.
-    scores: the ranker's score of each picture for its prompt, in descending order in each row; None
-      if the pictures were not ranked.
-    image_index: the index that each picture was sampled with: its position before ranking, plus
-      `first_index`. None counts from 0.
-    upscaled: the pictures enlarged by the model's super-resolution, which are then shown and saved
-      in place of `images`; None if they were not enlarged.
-    weights: the model's `TextToImage.weights`.
-    cache: the model's `TextToImage.cache`.
-    edit: the picture that was edited, and how; None if none was.
-    kept: which image tokens are those of the edited picture; None without `edit`.
-    best_of: number of candidates of each picture.
-    likelihoods: of the edited picture's tokens after the first one that was drawn, the log-likelihood
-      in nats, by which the best candidate was chosen; None if there was one candidate.
-    negative: the text on guidance's other side; None for the empty text.
-    prompt_weights: whether the prompts have weights, as `prompt_weights.parsed` reads them.
-  """
-
-  images: UInt8[np.ndarray, 'prompts num_images height width 3']
-  tokens: Int32[np.ndarray, 'prompts num_images image_length']
-  prompts: list[str]
-  seed: int
-  settings: sampling_settings.SamplingSettings
-  model: str
-  usage: adaptive.Usage | None = None
-  passes: speculative.Passes | None = None
-  scores: Float32[np.ndarray, 'prompts num_images'] | None = None
-  image_index: Int32[np.ndarray, 'prompts num_images'] | None = None
-  upscaled: UInt8[np.ndarray, 'prompts num_images _ _ 3'] | None = None
-  weights: str = 'float'
-  cache: str = 'float'
-  edit: editing.Edit | None = None
-  kept: Bool[np.ndarray, 'prompts num_images image_length'] | None = None
-  best_of: int = 1
-  likelihoods: Float32[np.ndarray, 'prompts num_images'] | None = None
-  negative: str | None = None
-  prompt_weights: bool = False
-
-  def pil(self) -> list[list[Image.Image]]:
-    """Returns PIL images, a list of `num_images` for each prompt."""
-    return [[images_lib.to_pil(image) for image in row] for row in self._shown]
-
-  def grid(self, display_size: int | None = None) -> Image.Image:
-    """Draws all pictures on a white sheet, with a labeled row for each prompt.
-
-    Args:
-      display_size: height of a picture on the sheet, in pixels. The default is the multiple of its
-        height that is nearest to 192 pixels, and at least its height.
-
-    Raises:
-      UserError: if the sheet would be too large for memory, or the size is invalid.
-    """
-    return images_lib.grid(self._shown, self.prompts, display_size)
-
-  def save(self, folder) -> list[pathlib.Path]:
-    """Writes a PNG for each picture, with its prompt, seed and settings as metadata.
-
-    Ranked pictures also have their score and their rank, which counts from 1, and the rank is part
-    of their name.
-
-    Args:
-      folder: the output folder, created if it does not exist.
-
-    Returns:
-      The paths of the files, in the order of the prompts and their pictures.
-
-    Raises:
-      UserError: if the folder can't be written.
-    """
-    return [
-      images_lib.save_picture(folder, image, self.metadata(row, column))
-      for row in range(len(self.prompts))
-      for column, image in enumerate(self._shown[row])
-    ]
-
-  def png(self, row: int, column: int) -> bytes:
-    """Returns the file that `save` writes for a picture: a PNG with metadata.
-
-    Args:
-      row: number of the prompt, from 0.
-      column: number of the picture among those of its prompt, from 0.
-    """
-    return images_lib.png(self._shown[row, column], self.metadata(row, column))
-
-  def metadata(self, row: int, column: int) -> dict[str, str]:
-    """Returns the metadata in the file of a picture, in which the arguments are those of `png`."""
-    return self._metadata() | {'prompt': self.prompts[row]} | self._place_in(row, column)
-
-  def save_grid(self, folder, display_size: int | None = None) -> pathlib.Path:
-    """Writes the result of `grid` as a PNG to a folder and returns the path of the file."""
-    metadata = self._metadata() | {'num_images': str(self.images.shape[1])}
-    if self.scores is not None:
-      metadata['order'] = 'ranked, best first'
-    return images_lib.save_grid(folder, self.grid(display_size), self.prompts, metadata)
-
-  @property
-  def _shown(self) -> UInt8[np.ndarray, 'prompts num_images height width 3']:
-    return self.images if self.upscaled is None else self.upscaled
-
-  def _place_in(self, row: int, column: int) -> dict[str, str]:
-    """Returns the metadata of a picture that tell it from the others of its prompt."""
-    index = column if self.image_index is None else self.image_index[row, column]
-    place = {'image_index': str(index)}
-    if self.kept is not None:
-      place['kept_tokens'] = editing.kept_text(self.kept[row, column])
-    if self.likelihoods is not None:
-      place['likelihood_after_hole'] = f'{self.likelihoods[row, column]:.4f}'
-    if self.scores is None:
-      return place
-    digits = len(str(self.images.shape[1]))  # Sorts the files by rank.
-    return place | {
-      'rank': f'{column + 1:0{digits}}',
-      'score': f'{self.scores[row, column]:.4f}',
-    }
-
-  def _metadata(self) -> dict[str, str]:
-    settings = {
-      name: value if isinstance(value, str) else checks.number_text(value)
-      for name, value in dataclasses.asdict(self.settings).items()
-      if self.settings.speculative_window or not name.startswith('speculative_')
-    }
-    for name in ('weights', 'cache'):
-      if getattr(self, name) != 'float':
-        settings[name] = getattr(self, name)
-    if self.negative is not None:
-      settings['negative'] = self.negative
-    if self.prompt_weights:
-      settings['prompt_weights'] = 'true'
-    if self.edit is not None:
-      settings |= self.edit.metadata()
-    if self.best_of > 1:
-      settings['best_of'] = str(self.best_of)
-    if self.upscaled is not None:
-      settings['upscaled'] = str(self.upscaled.shape[2] // self.images.shape[2])
-    return {'seed': str(self.seed), **settings, 'model': self.model}
-
-
-@dataclasses.dataclass(frozen=True)
-class Partial:
-  """Pictures whose first rows are sampled.
-
-  Attributes:
-    images: the pictures; below these rows they are blank, of the gray `slots.BLANK`, except for what
-      they keep of an edited picture.
-    tokens: the image tokens of these rows.
-    rows: number of rows of image tokens that are there.
-    of_rows: number of rows of image tokens of a whole picture.
-    result: the result, once the pictures are complete; until then None.
-  """
-
-  images: UInt8[np.ndarray, 'prompts num_images height width 3']
-  tokens: Int32[np.ndarray, 'prompts num_images _']
-  rows: int
-  of_rows: int
-  result: Result | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Asked:
-  """Pictures to sample: checked arguments of `TextToImage.generate`.
-
-  Attributes:
-    index: the index of each picture; with `best_of` of each candidate.
-    texts: text tokens of the prompts.
-    sampling: the settings in the decoding loop's form.
-    negative: the text of guidance's other side; None for the empty text.
-    weighted: whether the prompts have weights of words.
-    edit: the edit; None for none.
-    prefix: an argument of `decoding.begin`.
-    edited_tokens: the edited picture's tokens; None if none are kept.
-    kept: which tokens each picture keeps; None without an edit.
-    others: text tokens of guidance's other side; None for the empty text.
-    text_weights: weight of each text token; None for 1.
-  """
-
-  prompts: list[str]
-  seed: int
-  settings: sampling_settings.SamplingSettings
-  best_of: int
-  index: Int32[np.ndarray, 'prompts candidates']
-  texts: Int32[np.ndarray, 'prompts text_length']
-  sampling: decoding.Sampling
-  negative: str | None
-  weighted: bool
-  edit: editing.Edit | None
-  prefix: int
-  edited_tokens: Int32[np.ndarray, 'image_length'] | None
-  kept: Bool[np.ndarray, 'prompts candidates image_length'] | None
-  others: Int32[np.ndarray, 'text_length'] | None
-  text_weights: Float32[np.ndarray, 'prompts text_length'] | None
-
-  @property
-  def steered(self) -> bool:
-    """Whether pictures follow more than their prompts."""
-    given = (self.edited_tokens, self.others, self.text_weights)
-    return any(part is not None for part in given)
-
-  def rows(self, pictures: np.ndarray) -> np.ndarray:
-    """Returns the number of the prompt of each picture, given the numbers of pictures."""
-    return pictures // self.index.shape[1]
-
-  def steering(self, pictures: np.ndarray) -> decoding.Steering:
-    """Returns what pictures follow besides their prompts."""
-
-    def repeated(row):
-      return None if row is None else np.broadcast_to(row, (len(pictures), len(row)))
-
-    kept = None
-    if self.edited_tokens is not None and self.kept is not None:
-      kept = self.kept.reshape(self.index.size, -1)[pictures]
-    return decoding.Steering(
-      others=repeated(self.others),
-      text_weights=None if self.text_weights is None else self.text_weights[self.rows(pictures)],
-      tokens=repeated(self.edited_tokens),
-      kept=kept,
-    )
 
 
 class TextToImage:
@@ -340,17 +102,7 @@ class TextToImage:
     self.config = model.generator_config
     self.tokenizer = image_tokenizers.module(model.tokenizer_config)
     self.place = placement.Placement(mesh, rules)
-    self._vocabulary = text_tokenizer.open_tokenizer(model.vocabulary_path)
-    if self._vocabulary.size > self.config.text_vocabulary:
-      raise UserError(
-        f'{model.vocabulary_path} has {self._vocabulary.size} pieces, but the model knows '
-        f'{self.config.text_vocabulary}; it belongs to another model'
-      )
-    generators.check_empty_text(
-      self.config,
-      self._vocabulary.encode('', max(self.config.text_length, 3))[0],
-      str(model.vocabulary_path),
-    )
+    self._prompts = prompt_encoder.PromptEncoder(model.vocabulary_path, self.config, cache)
     self.generator_params = self.place.put(
       parameters.for_sampling(self.config, model.generator_params, weights),
       functools.partial(model_folder.abstract, 'generator', self.config),
@@ -373,7 +125,7 @@ class TextToImage:
   def ranker(self) -> ranking.Ranker | None:
     """Scores pictures by a text; None if there is no ranker. The model's is read when it is used."""
     part = self._parts.get('ranker')
-    return part and ranking.of_part(part, self.provenance, self._vocabulary, self.place)
+    return part and ranking.of_part(part, self.provenance, self._prompts.vocabulary, self.place)
 
   @functools.cached_property
   def upscaler(self) -> upscaling.Upscaler | None:
@@ -414,7 +166,7 @@ class TextToImage:
     negative: str | None = None,
     prompt_weights: bool = False,
     **sampling,
-  ) -> Result:
+  ) -> results.Result:
     """Samples pictures (Parti, section 2).
 
     The prompt, the seed, the picture's index and the settings determine a picture, together with what
@@ -506,7 +258,7 @@ class TextToImage:
     negative: str | None = None,
     prompt_weights: bool = False,
     **sampling,
-  ) -> Iterator[Partial]:
+  ) -> Iterator[results.Partial]:
     """Samples pictures like `generate`, and yields them after each row of image tokens.
 
     The last item has the result, with the pictures of `generate`. All pictures are one batch.
@@ -542,7 +294,7 @@ class TextToImage:
       )
     return self._stream(asked)
 
-  def _stream(self, asked: _Asked) -> Iterator[Partial]:
+  def _stream(self, asked: request.Request) -> Iterator[results.Partial]:
     """Yields what `stream` does."""
     rows, columns = self.config.grid
     shape, total = asked.index.shape, asked.index.size
@@ -588,7 +340,7 @@ class TextToImage:
       pictures = images[:total].reshape(*shape, *images.shape[1:])
       there = tokens[:total].reshape(*shape, -1)[..., :end].copy()
       result = None if end < self.config.image_length else self._result(asked, there, pictures)
-      yield Partial(pictures, there, row + 1, rows, result)
+      yield results.Partial(pictures, there, row + 1, rows, result)
 
   def likelihood(
     self,
@@ -616,7 +368,7 @@ class TextToImage:
     """
     prompts = checks.texts('prompt', prompts)
     weighted = checks.boolean('prompt_weights', prompt_weights)
-    texts, text_weights = self._encoded(prompts, weighted)
+    texts, text_weights = self._prompts.encode_weighted(prompts, weighted)
     tokens = self.tokenize(editing.pictures(images, self.image_size))
     pairs = len(prompts) * len(tokens)
     found = self._log_likelihoods(
@@ -671,7 +423,7 @@ class TextToImage:
     negative,
     prompt_weights,
     sampling,
-  ) -> _Asked:
+  ) -> request.Request:
     """Checks arguments of `generate`, of which `edited` has image, mask, keep and vary."""
     prompts = checks.texts('prompt', prompts)
     num_images = checks.count('num_images', num_images)
@@ -693,12 +445,12 @@ class TextToImage:
         f'best_of={best_of} compares how candidates fit to kept tokens, and nothing is edited; '
         '`rank` sorts pictures by their prompts'
       )
-    texts, text_weights = self._encoded(prompts, weighted)
+    texts, text_weights = self._prompts.encode_weighted(prompts, weighted)
     others = None
     if negative is not None:
-      others = self.encode_negative(negative, settings)
+      others = self._prompts.encode_negative(negative, settings)
     # Before the indices, which may be too many as well.
-    self._check_room(len(prompts) * num_images * best_of)
+    batch_sizes.check_room(self.config, self.image_size, len(prompts) * num_images * best_of)
     first = placement.first_indices(first_index, len(prompts), num_images * best_of)
     index = first[:, None] + np.arange(num_images * best_of, dtype=np.int32)
     kept = edited_tokens = None
@@ -711,7 +463,7 @@ class TextToImage:
         )
       if kept.any():  # Otherwise these are the pictures without an edit.
         edited_tokens = self.tokenize(edit.image[None])[0]
-    return _Asked(
+    return request.Request(
       prompts=prompts,
       seed=seed,
       settings=settings,
@@ -729,39 +481,16 @@ class TextToImage:
       text_weights=text_weights,
     )
 
-  def _encoded(
-    self, prompts: list[str], weighted: bool
-  ) -> tuple[
-    Int32[np.ndarray, 'prompts text_length'], Float32[np.ndarray, 'prompts text_length'] | None
-  ]:
-    """Returns the text tokens of prompts, and their weights if the prompts have any."""
-    if not weighted:
-      return self._encode(prompts, 5), None
-    prompt_weights_lib.check_supported(self.config)
-    if self.cache == 'int8':
-      raise UserError(
-        "prompt_weights change keys and values of the text, which cache='int8' rounds; load the model "
-        "with cache='float'"
-      )
-    texts = self._encode(prompt_weights_lib.plain(prompts), 5)
-    weights = np.stack(
-      [
-        prompt_weights_lib.token_weights(self._vocabulary, prompt, ids)
-        for prompt, ids in zip(prompts, texts)
-      ]
-    )
-    return texts, None if np.all(weights == 1) else weights
-
   def _result(
     self,
-    asked: _Asked,
+    asked: request.Request,
     tokens: Int32[np.ndarray, 'prompts candidates image_length'],
     images: UInt8[np.ndarray, 'prompts candidates height width 3'],
     usage: adaptive.Usage | None = None,
     passes: speculative.Passes | None = None,
-  ) -> Result:
+  ) -> results.Result:
     """Returns what was sampled as a result."""
-    return Result(
+    return results.Result(
       images,
       tokens,
       asked.prompts,
@@ -780,7 +509,7 @@ class TextToImage:
       prompt_weights=asked.weighted,
     )
 
-  def _best(self, result: Result, asked: _Asked, batch: int) -> Result:
+  def _best(self, result: results.Result, asked: request.Request, batch: int) -> results.Result:
     """Returns the best candidate of each picture."""
     assert asked.kept is not None
     shape = asked.index.shape
@@ -795,10 +524,10 @@ class TextToImage:
     of_picture = total.reshape(shape[0], -1, asked.best_of)
     first = np.arange(of_picture.shape[1]) * asked.best_of
     best = (first + np.argmax(of_picture, axis=-1)).astype(np.int32)
-    return _chosen(dataclasses.replace(result, likelihoods=total), best)
+    return dataclasses.replace(result, likelihoods=total).chosen(best)
 
   def _sample(
-    self, asked: _Asked, batch: int, progress: bool, room: tuple[np.ndarray, np.ndarray]
+    self, asked: request.Request, batch: int, progress: bool, room: tuple[np.ndarray, np.ndarray]
   ) -> tuple[
     Int32[np.ndarray, 'prompts num_images image_length'],
     UInt8[np.ndarray, 'prompts num_images height width 3'],
@@ -843,7 +572,7 @@ class TextToImage:
     )
     return tokens.reshape(*shape, -1), images.reshape(*shape, *images.shape[1:]), usage, passes
 
-  def ranked(self, result: Result) -> Result:
+  def ranked(self, result: results.Result) -> results.Result:
     """Sorts the pictures of each prompt by their scores, best first.
 
     Args:
@@ -861,9 +590,9 @@ class TextToImage:
     images = result.images.reshape(-1, *shape[2:])
     scores = self._needed_ranker().scores(texts, images).reshape(shape[:2])
     order = np.argsort(-scores, axis=1, kind='stable').astype(np.int32)
-    return _chosen(dataclasses.replace(result, scores=scores), order)
+    return dataclasses.replace(result, scores=scores).chosen(order)
 
-  def upscaled(self, result: Result) -> Result:
+  def upscaled(self, result: results.Result) -> results.Result:
     """Adds the pictures enlarged by the model's super-resolution.
 
     Raises:
@@ -947,29 +676,20 @@ class TextToImage:
     shape = total, *image_sizes.sides(self.image_size), 3
     return np.empty([total, self.config.image_length], np.int32), np.empty(shape, np.uint8)
 
-  def _check_room(self, total: int) -> None:
-    """Raises UserError if so many pictures don't fit into memory."""
-    pixels = math.prod(image_sizes.sides(self.image_size))
-    if total * (4 * self.config.image_length + 3 * pixels) > _memory():
-      raise UserError(
-        f'{total:,} pictures do not fit into memory; choose a smaller num_images, or fewer '
-        'prompts at once'
-      )
-
   def _through_tokenizer(
     self,
     images: UInt8[np.ndarray, 'images height width 3'],
     function: Callable[..., Any],
-    results: np.ndarray,
+    filled: np.ndarray,
   ) -> np.ndarray:
-    """Fills `results` with the results of a function of the tokenizer and pictures."""
+    """Fills an array with the results of a function of the tokenizer and pictures."""
     batch = self.place.divisible(min(_TOKENIZER_BATCH, max(len(images), 1)))
     for start, chosen in placement.pieces(len(images), batch, False):
       part = self.place.run(
         function, (self.tokenizer_params,), (images[chosen],), tokenizer=self.tokenizer
       )
-      results[start : start + batch] = part[: len(results) - start]
-    return results
+      filled[start : start + batch] = part[: len(filled) - start]
+    return filled
 
   def encode_prompts(self, prompts: Sequence[str]) -> Int32[np.ndarray, 'prompts text_length']:
     """Encodes prompts to text tokens.
@@ -980,32 +700,7 @@ class TextToImage:
     Raises:
       UserError: if there is no prompt, or one is blank.
     """
-    return self._encode(prompts, 4)
-
-  def _encode(
-    self, prompts: Sequence[str], stacklevel: int, name: str = 'prompt'
-  ) -> Int32[np.ndarray, 'prompts text_length']:
-    """Does what `encode_prompts` does.
-
-    Args:
-      prompts: the texts.
-      stacklevel: number of calls up to the caller's code, to which warnings point.
-      name: what the texts are, for messages.
-    """
-    if not prompts:
-      raise UserError('no prompt given')
-    texts = np.empty([len(prompts), self.config.text_length], np.int32)
-    for row, prompt in enumerate(prompts):
-      texts[row], cut = self._vocabulary.encode(prompt, self.config.text_length)
-      if self._vocabulary.is_empty(texts[row]):
-        raise UserError(f'{name} {row + 1} is empty; say what the picture should show')
-      if cut:
-        warnings.warn(
-          f'{name} {row + 1} is longer than the {self.config.text_length} text tokens of the '
-          f'model; left out: {cut!r}',
-          stacklevel=stacklevel,
-        )
-    return texts
+    return self._prompts.encode(prompts, 4)
 
   def encode_negative(
     self, negative, settings: sampling_settings.SamplingSettings
@@ -1019,40 +714,14 @@ class TextToImage:
     Raises:
       UserError: if there is no guidance, or the text is blank.
     """
-    negative = checks.texts('negative', checks.text('negative', negative))[0]
-    if not settings.guided:
-      raise UserError(
-        'negative is the other side of guidance, which guidance_scale=1 turns off; choose a larger '
-        'guidance_scale, such as 2'
-      )
-    if not negative.strip():
-      raise UserError('negative is empty; without it, guidance has the empty text there')
-    return self._encode([negative], 5, 'negative text')[0]
+    return self._prompts.encode_negative(negative, settings)
 
   def left_out(self, prompt: str) -> str:
     """Returns the end of a prompt that `encode_prompts` leaves out; empty if all of it fits."""
-    return self._vocabulary.encode(prompt, self.config.text_length)[1]
+    return self._prompts.left_out(prompt)
 
   def _batch_size(self, total: int, asked: int | None, guided: bool) -> int:
-    """Returns the number of images to sample at once."""
-    if asked is not None:
-      return self.place.divisible(min(checks.count('batch_size', asked), total))
-    config = self.config
-    cache_bytes = (
-      2
-      * config.decoder_layers
-      * config.image_length
-      * config.cached_heads
-      * config.head_dim
-      * (1 if self.cache == 'int8' else config.compute_dtype.itemsize)
-      * (2 if guided else 1)
-    )
-    most = _MOST_AT_ONCE.get(jax.default_backend(), _MOST_AT_ONCE_ELSEWHERE)
-    most = max(1, min(most, _MOST_CACHE_BYTES // cache_bytes))
-    pieces = -(-total // most)
-    even = -(-total // pieces)
-    # Few different sizes, since each is compiled separately.
-    return self.place.divisible(even if even <= 4 else min(most, -(-even // 4) * 4))
+    return batch_sizes.batch_size(self.config, self.place, self.cache, total, asked, guided)
 
 
 def load(
@@ -1102,19 +771,3 @@ def load(
   name = 'demo' if path is None else os.path.basename(os.path.abspath(folder))
   model, name = adapters.with_adapters(model_folder.load(folder), lora, name)
   return TextToImage(model, name, mesh, rules, ranker, weights, cache, upscaler)
-
-
-def _chosen(result: Result, columns: Int32[np.ndarray, 'prompts chosen']) -> Result:
-  """Returns the pictures in some columns of each prompt."""
-  rows = np.arange(len(columns))[:, None]
-  names = ('images', 'tokens', 'usage', 'passes', 'scores', 'image_index', 'kept', 'likelihoods')
-  parts = {name: getattr(result, name) for name in names}
-  return dataclasses.replace(result, **jax.tree.map(lambda part: part[rows, columns], parts))
-
-
-def _memory() -> float:
-  """Returns the size of the machine's memory in bytes; infinity if it is unknown."""
-  try:
-    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-  except (AttributeError, ValueError, OSError):
-    return float('inf')

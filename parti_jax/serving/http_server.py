@@ -31,8 +31,8 @@ from uvicorn.protocols.http import h11_impl
 
 from parti_jax.core import checks
 from parti_jax.sampling import images as images_lib
+from parti_jax.sampling import results
 from parti_jax.sampling import running_batch
-from parti_jax.sampling import text_to_image
 from parti_jax.serving import image_requests
 from parti_jax.serving import image_service
 
@@ -227,7 +227,7 @@ class _Answer(responses.Response):
     self._future = self._service.submit(self._asked, self._content, self._show)
     self._future.add_done_callback(lambda _: self._put(None))
 
-  def _content(self, result: text_to_image.Result) -> dict[str, Any]:
+  def _content(self, result: results.Result) -> dict[str, Any]:
     """Returns the answer, as OpenAI has it."""
     assert result.image_index is not None
     pictures = []

@@ -15,6 +15,7 @@ import numpy as np
 from parti_jax.core import image_sizes
 from parti_jax.core.errors import UserError
 from parti_jax.sampling import continuous
+from parti_jax.sampling import results as results_lib
 from parti_jax.sampling import running_batch
 from parti_jax.sampling import text_to_image
 from parti_jax.serving import image_requests
@@ -93,7 +94,7 @@ class ImageService:
   def submit(
     self,
     request: image_requests.ImageRequest,
-    finish: Callable[[text_to_image.Result], _Finished],
+    finish: Callable[[results_lib.Result], _Finished],
     on_preview: Callable[[int, running_batch.Preview], None] | None = None,
   ) -> concurrent.futures.Future[_Finished]:
     """Asks for pictures.
@@ -113,7 +114,7 @@ class ImageService:
         sample with these settings (400).
     """
     self._enter(request.num_images)
-    asked: list[_Future[text_to_image.Result]] = []
+    asked: list[_Future[results_lib.Result]] = []
     answer: _Future[Any] = _Future()
     try:
       kept, taken = self._kept(request)
@@ -204,7 +205,7 @@ class ImageService:
     index: int,
     kept: np.ndarray | None,
     on_preview: Callable[[int, running_batch.Preview], None] | None,
-  ) -> _Future[text_to_image.Result]:
+  ) -> _Future[results_lib.Result]:
     """Asks the sampler for one of the pictures, which takes these tokens over."""
     show = None
     if on_preview is not None and request.previews != 0:
@@ -238,9 +239,9 @@ class ImageService:
   def _complete(
     self,
     request: image_requests.ImageRequest,
-    asked: Sequence[_Future[text_to_image.Result]],
+    asked: Sequence[_Future[results_lib.Result]],
     kept: np.ndarray | None,
-    finish: Callable[[text_to_image.Result], _Finished],
+    finish: Callable[[results_lib.Result], _Finished],
     answer: _Future[_Finished],
   ) -> None:
     """Finishes pictures that are sampled; called once no future of `asked` waits any more."""
@@ -253,9 +254,9 @@ class ImageService:
   def _finish(
     self,
     request: image_requests.ImageRequest,
-    asked: Sequence[_Future[text_to_image.Result]],
+    asked: Sequence[_Future[results_lib.Result]],
     kept: np.ndarray | None,
-    finish: Callable[[text_to_image.Result], _Finished],
+    finish: Callable[[results_lib.Result], _Finished],
     answer: _Future[_Finished],
   ) -> None:
     if not answer.set_running_or_notify_cancel():
@@ -285,7 +286,7 @@ def _cancel(futures: Sequence[_Future[Any]]) -> None:
     future.cancel()
 
 
-def _joined(results: Sequence[text_to_image.Result]) -> text_to_image.Result:
+def _joined(results: Sequence[results_lib.Result]) -> results_lib.Result:
   """Returns pictures of one prompt as one result."""
   arrays: dict[str, Any] = {
     name: np.concatenate([getattr(result, name) for result in results], axis=1)

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from parti_jax.sampling import results
 from parti_jax.sampling import running_batch
-from parti_jax.sampling import text_to_image
 from parti_jax.serving import image_requests
 from parti_jax.serving import image_service
 
@@ -30,7 +30,7 @@ class Progress:
 
   images: Sequence[np.ndarray | None]
   share: float
-  result: text_to_image.Result | None = None
+  result: results.Result | None = None
 
 
 def follow(

@@ -11,7 +11,7 @@ from parti_jax.core.errors import UserError
 from parti_jax.data.openmoji import Picture
 from parti_jax.evaluation.metrics import features
 from parti_jax.exported_model import sampling_settings
-from parti_jax.sampling import text_to_image
+from parti_jax.sampling import results
 
 SIZE = 8
 TONES = ((), ('light',), ('dark',))
@@ -135,7 +135,7 @@ class FakePipeline:
       images = [row[::-1] for row in images]
       order = np.tile(np.arange(num_images)[::-1], (len(prompts), 1))
       ranked = {'scores': order.astype(np.float32), 'image_index': order}
-    return text_to_image.Result(
+    return results.Result(
       np.array(images, np.uint8),
       np.zeros((len(prompts), num_images, 4), np.int32),
       list(prompts),

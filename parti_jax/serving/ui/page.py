@@ -21,7 +21,7 @@ import gradio as gr
 from PIL import Image
 
 from parti_jax.core.errors import UserError
-from parti_jax.sampling import text_to_image
+from parti_jax.sampling import results
 from parti_jax.serving import image_requests
 from parti_jax.serving import image_service
 from parti_jax.serving import progress as progress_lib
@@ -257,7 +257,7 @@ class Page:
     history: list[dict[str, Any]],
     request: image_requests.ImageRequest,
     values: Sequence[Any],
-    result: text_to_image.Result,
+    result: results.Result,
   ) -> tuple[Any, ...]:
     """Returns what the page shows once pictures are drawn."""
     pictures = [_with_metadata(result.png(0, column)) for column in range(result.images.shape[1])]
