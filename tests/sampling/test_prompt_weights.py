@@ -59,7 +59,7 @@ def model(tiny_folder):
 def weights_of(model, prompt):
   text, _ = prompt_weights.parsed(prompt)
   ids = model.encode_prompts([text])[0]
-  return ids, prompt_weights.token_weights(model._vocabulary, prompt, ids)
+  return ids, prompt_weights.token_weights(model._prompts.vocabulary, prompt, ids)
 
 
 def test_tokens_of_weighted_words(model):
@@ -74,7 +74,11 @@ def test_tokens_of_weighted_words(model):
 
 def test_a_part_of_a_token_has_no_weight(model):
   piece = max(
-    (model._vocabulary.decode([number]) for number in range(3, model._vocabulary.size)), key=len
+    (
+      model._prompts.vocabulary.decode([number])
+      for number in range(3, model._prompts.vocabulary.size)
+    ),
+    key=len,
   ).strip()
   assert len(piece) > 1
   with pytest.raises(UserError, match='whole words'):
