@@ -155,23 +155,33 @@ def test_the_server_offers_width_by_height(model):
       image_requests.checked({'prompt': 'red hat', 'size': '16x32'}, offer, service.limits)
 
 
-def test_a_ranker_of_squares_is_refused(chain, tmp_path):
+def _save(found, folder, ranker):
+  model_folder.save(
+    folder,
+    generator_config=found.generator_config,
+    generator_params=found.generator_params,
+    tokenizer_config=found.tokenizer_config,
+    tokenizer_params=found.tokenizer_params,
+    vocabulary_path=found.vocabulary_path,
+    parts={'ranker': ranker},
+    allow_mismatch=True,
+  )
+
+
+def test_a_ranker_of_squares_is_refused(chain, monkeypatch, tmp_path):
   """The demo's; `export` and `load` say so before anything is written or drawn."""
   found = model_folder.load(chain / 'model')
   part = model_folder.load_ranker(text_to_image.DEMO_FOLDER)
   with pytest.raises(
     errors.UserError, match='pictures of 64×64 pixels and would see those of 16×32'
   ):
-    model_folder.save(
-      tmp_path / 'ranked',
-      generator_config=found.generator_config,
-      generator_params=found.generator_params,
-      tokenizer_config=found.tokenizer_config,
-      tokenizer_params=found.tokenizer_params,
-      vocabulary_path=found.vocabulary_path,
-      parts={'ranker': part},
-    )
+    _save(found, tmp_path / 'ranked', part)
   assert not (tmp_path / 'ranked').exists()
+  with monkeypatch.context() as unchecked:  # Of a folder that an earlier version wrote.
+    unchecked.setattr(rankers, 'check_shape', lambda config, size: None)
+    _save(found, tmp_path / 'earlier', part)
+  with pytest.raises(errors.UserError, match='config.json: the ranker is for pictures of 64×64'):
+    parti_jax.load(tmp_path / 'earlier')
   with pytest.raises(errors.UserError, match=r'CoCaConfig.image_size=\(16, 32\), or use one'):
     parti_jax.load(chain / 'model', ranker=text_to_image.DEMO_FOLDER)
   rankers.check_shape(dataclasses.replace(part.config, image_size=(32, 64)), (HEIGHT, WIDTH))

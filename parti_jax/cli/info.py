@@ -57,10 +57,10 @@ def describe(folder: str, verify: bool = False) -> dict[str, Any]:
     For a run, the result of `run_summary.summarize`. For a model: kind, 'model'; folder; parts,
     {name of a network: {'parameters', 'bytes', 'sizes'}}; alone, the name of the network of a
     folder that `parti-jax import` wrote, else None; picture_size and upscaled_size in
-    pixels, a pair of height and width if the pictures are no squares, the latter None without
-    super-resolution; image_tokens of a picture, None if unknown; vocabulary, {'ids', 'bytes'}, where ids is None if the config doesn't state it;
-    stored_as, the parameters' dtype; sampling, the defaults of `generate`; provenance; missing, the
-    missing files. What a network alone doesn't have is None.
+    pixels, a pair of height and width if the pictures aren't square, the latter None without
+    super-resolution; image_tokens of a picture, None if unknown; vocabulary, {'ids', 'bytes'}, where
+    ids is None if the config doesn't state it; stored_as, the parameters' dtype; sampling, the defaults
+    of `generate`; provenance; missing, the missing files. What a network alone doesn't have is None.
 
   Raises:
     UserError: if the folder can't be read, or is neither; says what it is instead, if known.

@@ -239,8 +239,8 @@ def typed(
     name: name of the value, for the message.
     value: the value given.
     kind: int, float, bool, str; tuple[...] of these, for which lists are accepted too;
-      `image_sizes.ImageSize`; Mapping[str, str]; a dataclass; or `kind | None`. Values of any other annotation are not
-      checked.
+      `image_sizes.ImageSize`; Mapping[str, str]; a dataclass; or `kind | None`. Values of any other
+      annotation are not checked.
     least: smallest number allowed, also within tuples.
     most: largest number allowed, also within tuples.
     show: formats a value for the message.
@@ -259,9 +259,7 @@ def typed(
   if kind is bool:
     return boolean(name, value, show=show)
   if kind == image_sizes.ImageSize:
-    if isinstance(value, (tuple, list)):
-      return image_sizes.of_sides(*_typed_tuple(name, value, (int, int), least, most, show))
-    return whole_number(name, value, least, most, show=show)
+    return _image_size(name, value, least, most, show)
   origin, arguments = typing.get_origin(kind), typing.get_args(kind)
   if origin in (typing.Union, types.UnionType):
     others = [argument for argument in arguments if argument is not type(None)]
@@ -283,6 +281,17 @@ def typed(
       f'{name}={show(value)} must be a {kind.__name__}; in gin, write @{kind.__name__}()'
     )
   return value
+
+
+def _image_size(name, value, least, most, show) -> image_sizes.ImageSize:
+  """Checks the size of pictures; a pair of equal numbers becomes one number."""
+  pair = isinstance(value, (tuple, list))
+  try:
+    if pair:
+      return image_sizes.of_sides(*_typed_tuple(name, value, (int, int), least, most, show))
+    return whole_number(name, value, least, most, show=show)
+  except UserError as error:
+    raise UserError(f'{error}{"," if pair else ", or a pair of"} height and width') from None
 
 
 def _typed_tuple(name, value, arguments, least, most, show) -> tuple:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Iterable
 from collections.abc import Iterator
@@ -118,9 +119,16 @@ class Dataset:
 
   @property
   def grid(self) -> tuple[int, int] | None:
-    """Rows and columns of a picture's image tokens; None if unknown, or without image tokens."""
-    found = self.source.info.get('grid') if 'targets' in self.features else None
-    return found and (found[0], found[1])
+    """Rows and columns of a picture's image tokens; None if unknown, or without image tokens.
+
+    A token cache that doesn't state them is of a time when all pictures were square.
+    """
+    if 'targets' not in self.features:
+      return None
+    tokens, found = self.source.info['image_tokens'], self.source.info.get('grid')
+    if found is None:
+      found = 2 * (math.isqrt(tokens),)
+    return (found[0], found[1]) if math.prod(found) == tokens else None
 
   @property
   def text_features(self) -> text_features_lib.TextFeatures | None:

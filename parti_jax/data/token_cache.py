@@ -7,7 +7,7 @@ A folder with ArrayRecord shards `SPLIT-00000.array_record` ... and `info.json`:
    "splits": {"train": {"examples": 3588, "shards": [
        {"examples": 3588, "bytes": 7651234, "digest": "5d3c..."}]}}}
 
-`grid`, rows and columns, is missing in caches of earlier releases.
+`grid`, rows and columns, is missing in caches of earlier releases, whose pictures are square.
 
 A record consists of the tokens of each view of a picture, in little-endian uint16, or uint32 for
 codebooks with more than 65,536 codes, and then the caption in UTF-8. With text features

@@ -13,8 +13,8 @@ from parti_jax.data import captions
 from parti_jax.data import examples
 from parti_jax.data import image_decoding
 
-# 1: the central square, or area of the shape of the size. 2: also mirrored. 10: also LlamaGen's corner crops of an enlarged picture
-# (arXiv 2406.06525), each of the five also mirrored.
+# 1: the central square, or the central area of the size's shape. 2: also mirrored. 10: also LlamaGen's
+# corner crops of an enlarged picture (arXiv 2406.06525), each of the five also mirrored.
 COUNTS = (1, 2, 10)
 # Sides of the enlarged picture, relative to those of a view.
 _LARGER = 1.1

@@ -203,7 +203,7 @@ def draw(
     The report, and some pictures for a contact sheet.
 
   Raises:
-    UserError: the model's pictures are no squares, a ranker is needed but missing, the disk is too
+    UserError: the model's pictures aren't square, a ranker is needed but missing, the disk is too
       small, or a shard is damaged.
   """
   count = len(texts) * per_class

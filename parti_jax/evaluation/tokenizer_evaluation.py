@@ -84,7 +84,7 @@ class Reconstructor:
     perceptual: LPIPS; None to leave it out.
 
   Raises:
-    UserError: pictures of the tokenizer are no squares, or too small for SSIM or LPIPS.
+    UserError: pictures of the tokenizer aren't square, or too small for SSIM or LPIPS.
   """
 
   def __init__(

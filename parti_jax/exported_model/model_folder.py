@@ -384,8 +384,9 @@ def load(folder) -> Model:
   Raises:
     UserError: if the folder or one of its files is missing, unfinished, or has another format
       version, if a value in config.json is invalid, if parameters are missing, unknown or have
-      other shapes than the configs imply (for a network in `Model.parts`, when it is first used), or
-      if a network was trained with another vocabulary or tokenizer.
+      other shapes than the configs imply (for a network in `Model.parts`, when it is first used), if
+      the ranker would see the pictures stretched, or if a network was trained with another vocabulary
+      or tokenizer.
   """
   folder = _local(folder, list(_ALL_FILES))
   _check_complete(folder, [CONFIG_FILE])
@@ -411,6 +412,11 @@ def load(folder) -> Model:
     for name, own in stored.items()
   }
   check_sizes(sizes['generator'], sizes['tokenizer'], str(where))
+  if 'ranker' in sizes and inputs['ranker'].preprocessing is None:
+    try:
+      rankers.check_shape(sizes['ranker'], sizes['tokenizer'].image_size)
+    except UserError as error:
+      raise UserError(f'{where}: {error}') from error
   sampling = model_config.sampling(config, where)
   provenance = model_config.provenance(config, where)
   stored_as = model_config.stored_as(config, where)

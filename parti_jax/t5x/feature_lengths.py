@@ -16,6 +16,6 @@ def of_tokenizer(config: image_tokenizers.Config) -> dict[str, int]:
   """Returns the height and width of the pictures in pixels, 'images'.
 
   Raises:
-    UserError: if the pictures are no squares, which only `parti-jax train` supports.
+    UserError: if the pictures aren't square, which only `parti-jax train` supports.
   """
   return {'images': image_sizes.square(config.image_size, 't5x trains on', 'use parti-jax train')}

@@ -398,7 +398,7 @@ class TokenizerModel(t5x_models.BaseModel):
     """Initializes the parameters, their logical axes and the mutables, with t5x's arguments.
 
     Raises:
-      UserError: if the size of the pictures differs from the network's, or is no square.
+      UserError: if the size of the pictures differs from the network's, or isn't square.
     """
     del input_types
     size = image_sizes.square(

@@ -1,4 +1,4 @@
-"""Networks for pictures that are no squares."""
+"""Networks for pictures that aren't square."""
 
 import dataclasses
 import json
@@ -52,6 +52,27 @@ def test_sizes_in_config_json(kind):
   entry['image_size'] = [8, 0]
   with pytest.raises(errors.UserError, match=r'config\.json: tokenizer\.image_size=\[8, 0\]'):
     model_config.sizes(kinds, {'tokenizer': entry}, 'tokenizer', 'float32', 'config.json')
+
+
+@pytest.mark.parametrize(
+  ('given', 'size'),
+  [([8, 16], (8, 16)), ((np.int64(8), np.int32(16)), (8, 16)), ((8, 8), 8), ([np.int64(8), 8], 8)],
+)
+def test_one_size_has_one_form(given, size):
+  """So that checkpoints, token caches and models of the same size compare as equal."""
+  for config in TOKENIZERS.values():
+    found = dataclasses.replace(config, image_size=given)
+    assert found == dataclasses.replace(config, image_size=size)
+    assert json.dumps(found.image_size) == json.dumps(size)
+
+
+@pytest.mark.parametrize(
+  'given', [0, -8, (0, 16), (16, -4), (8, 16, 4), (8,), (), '16x8', (8.0, 16), (True, 8), None]
+)
+def test_what_is_no_size(given):
+  for config in TOKENIZERS.values():
+    with pytest.raises(errors.UserError, match='image_size=.* whole number.* height and width$'):
+      dataclasses.replace(config, image_size=given)
 
 
 def test_sides_that_do_not_fit():

@@ -1,4 +1,4 @@
-"""Objectives for pictures that are no squares: shapes, and what doesn't fit."""
+"""Objectives for pictures that aren't square: shapes, and what doesn't fit."""
 
 import dataclasses
 import re

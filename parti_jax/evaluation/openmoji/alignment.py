@@ -89,7 +89,7 @@ class OpenMojiAlignment:
       render: as in `openmoji_judge.Judge`.
 
     Raises:
-      UserError: if the split doesn't exist or has no pictures, or the pictures are no squares.
+      UserError: if the split doesn't exist or has no pictures, or the pictures aren't square.
     """
     if split not in openmoji.SPLITS:
       raise UserError(f'unknown split {split!r}: the splits are {", ".join(openmoji.SPLITS)}')

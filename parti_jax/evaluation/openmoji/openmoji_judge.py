@@ -175,7 +175,7 @@ class Judge:
 
     Raises:
       ValueError: there are no pictures, or one was rendered at another size.
-      UserError: the size is no square.
+      UserError: the size isn't square.
     """
     if not pictures:
       raise ValueError('a judge needs at least one real picture')

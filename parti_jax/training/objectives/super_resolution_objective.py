@@ -342,8 +342,8 @@ class SuperResolutionObjective(base.Objective):
     if size != self.input_size:
       raise errors.UserError(
         f'SuperResolutionObjective.image_size={self.image_size} is not '
-        f'{type(self.model).__name__}.factor={self.model.factor} times the {image_sizes.text(size)} pixels of the '
-        f'tokenizer in {self.tokenizer}'
+        f'{type(self.model).__name__}.factor={self.model.factor} times the '
+        f'{image_sizes.text(size)} pixels of the tokenizer in {self.tokenizer}'
       )
     return self.tokenizer_config
 
