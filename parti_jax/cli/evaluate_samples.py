@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+from parti_jax.cli import model_flags
 from parti_jax.core import checks
 from parti_jax.core import start_cache
 from parti_jax.core import storage
@@ -171,9 +172,7 @@ def network(
       'pixels': 'uint8',
     }
   if model is None:
-    import parti_jax
-
-    model = parti_jax.load(args.model, ranker=args.ranker)
+    model = model_flags.load(args)
   if model.ranker is None:
     raise UserError(
       f'the model {model.model_name} has no ranker; give --inception_weights or --ranker'

@@ -14,7 +14,6 @@ import tqdm
 
 from parti_jax.cli import model_flags
 from parti_jax.cli import sampling_flags
-from parti_jax.core import compilation_cache
 from parti_jax.core import gin_config
 from parti_jax.core import image_sizes
 from parti_jax.core.errors import UserError
@@ -58,13 +57,11 @@ def run(args: argparse.Namespace) -> int:
   """
   # Registers everything that gin files may name.
   from parti_jax.data import datasets
-  from parti_jax.sampling import text_to_image
 
   sampling_flags.check_numbers(args, 'max_pictures')
   gin_config.parse(args.gin_file, args.gin_bindings)
   source = args.source or (None if args.gin_file else 'openmoji')
-  compilation_cache.enable()
-  model = text_to_image.load(args.model, upscaler=args.upscaler)
+  model = model_flags.load(args)
   if model.upscaler is None:
     raise UserError(
       f'the model {model.model_name} has no super-resolution; '

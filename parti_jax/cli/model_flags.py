@@ -8,6 +8,7 @@ from typing import Any
 import parti_jax
 from parti_jax.cli import sampling_flags
 from parti_jax.core import start_cache
+from parti_jax.core.errors import UserError
 
 # Flags that replace parts of the model -> what they give.
 _REPLACEMENTS = {
@@ -16,6 +17,8 @@ _REPLACEMENTS = {
   'upscaler': "folder of a super-resolution to use instead of the model's, such as a Real-ESRGAN that "
   '`parti-jax import` wrote',
 }
+# These flags -> the network that they replace, by its name in a model folder.
+_NETWORKS = {'ranker': 'ranker', 'upscaler': 'super_resolution'}
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -52,8 +55,12 @@ def load(args: argparse.Namespace):
     args: the flags. Those that the command doesn't have keep their defaults.
 
   Raises:
-    UserError: if the model or a replacement can't be loaded.
+    UserError: if the model or a replacement can't be loaded; names the flag of a replacement that its
+      folder doesn't have.
   """
+  for name in _REPLACEMENTS:
+    if (folder := getattr(args, name, None)) is not None:
+      _check_replacement(name, folder)
   start_cache.enable()
   given: dict[str, Any] = {
     name: getattr(args, name) for name in ('lora', *_REPLACEMENTS) if hasattr(args, name)
@@ -62,3 +69,13 @@ def load(args: argparse.Namespace):
     given |= sampling_flags.given_precision(args)
   # Imports JAX, which takes a moment; commands check their other flags first.
   return parti_jax.load(args.model, **given)
+
+
+def _check_replacement(name: str, folder: str) -> None:
+  """Raises UserError, with the flag, unless a folder has the network; reads only its config.json."""
+  from parti_jax.exported_model import model_folder
+
+  try:
+    model_folder.part_config(_NETWORKS[name], folder)
+  except UserError as error:
+    raise UserError(f'--{name}={folder}: {error}') from error

@@ -81,6 +81,8 @@ def test_writes_pictures_and_their_grid(tiny_folder, tmp_path, capsys):
     (['a', '--temperature', 'inf'], 'temperature=inf'),
     (['a', '--output_dir', f'{__file__}/out'], 'test_command.py is not a folder'),
     (['a', '--model', 'nowhere'], 'nowhere'),
+    (['a', '--ranker', 'nowhere'], '--ranker=nowhere: the model folder nowhere does not exist'),
+    (['a', '--upscaler', 'nowhere'], '--upscaler=nowhere: the model folder nowhere does not exist'),
     (['--prompts_file', 'nowhere.txt'], 'nowhere.txt'),
   ],
 )
