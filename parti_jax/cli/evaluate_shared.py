@@ -9,9 +9,11 @@ import sys
 from parti_jax.cli import evaluate_reference
 from parti_jax.cli import model_flags
 from parti_jax.core import image_sizes
+from parti_jax.core import texts
 from parti_jax.core.errors import UserError
 from parti_jax.data import openmoji
 from parti_jax.evaluation import captions_evaluation
+from parti_jax.evaluation import rejection
 from parti_jax.evaluation import samples_evaluation
 from parti_jax.evaluation.datasets import coco
 from parti_jax.evaluation.datasets import localized_narratives
@@ -71,14 +73,27 @@ class Shared:
 
   @functools.cached_property
   def captioned(self):
-    """The captions and their pictures."""
+    """The captions and their pictures.
+
+    Raises:
+      UserError: captions can't be read, or are too few to be compared with --reference.
+    """
     args = self._args
     found = _read_captions(args)
     if len(found.captions) < args.num_captions:
       print(
-        f'{found.name}: using all {len(found.captions):,} captions, which are fewer than '
+        f'{found.name}: using {texts.counted(len(found.captions), "caption")}, all that there are and '
+        'fewer than '
         f'--num_captions={args.num_captions}',
         file=sys.stderr,
+      )
+    compared = len(found.captions)
+    if args.rejection is not None:
+      compared *= rejection.accepted_count(min(args.rejection), args.num_images)
+    if args.reference is not None and compared < 2:
+      raise UserError(
+        f'{found.name}: one caption leads to one picture to compare with --reference; a distance needs '
+        'at least two, so give more captions, or a larger --num_captions'
       )
     return found
 

@@ -23,6 +23,7 @@ from PIL import Image
 from parti_jax.cli import benchmark_prompts
 from parti_jax.cli import model_flags
 from parti_jax.cli import sampling_flags
+from parti_jax.core import texts as texts_lib
 from parti_jax.core.errors import UserError
 from parti_jax.evaluation import html_page
 from parti_jax.evaluation import output_folder
@@ -292,7 +293,7 @@ def _write_pages(
     f'Model {model_name}, {args.num_images} pictures per prompt, seed {args.seed}, sampling: '
     f'{settings or "the model defaults"}.'
   )
-  title = f'{pathlib.Path(args.file).stem}: {len(results):,} prompts'
+  title = f'{pathlib.Path(args.file).stem}: {texts_lib.counted(len(results), "prompt")}'
   content = {
     'file': pathlib.Path(args.file).name,
     'model': model_name,

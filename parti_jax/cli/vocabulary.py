@@ -15,6 +15,7 @@ import tqdm
 from parti_jax.core import checks
 from parti_jax.core import gin_config
 from parti_jax.core import storage
+from parti_jax.core import texts
 from parti_jax.core.errors import UserError
 from parti_jax.data import class_names
 from parti_jax.data import class_tokenizer
@@ -154,6 +155,6 @@ def _fit(model: vocabulary.TextVocabulary, captions: Iterable[str]) -> str:
     if len(ids) > most:
       longest, most = caption, len(ids)
   return (
-    f'{count:,} captions: {tokens / count:.1f} tokens on average, at most {most} ({longest!r}), '
-    f'including the end; {1 - unknown / tokens:.2%} of the tokens are known'
+    f'{texts.counted(count, "caption")}: {tokens / count:.1f} tokens on average, at most {most} '
+    f'({longest!r}), including the end; {1 - unknown / tokens:.2%} of the tokens are known'
   )

@@ -25,6 +25,7 @@ from jaxtyping import Bool
 from jaxtyping import Int
 from jaxtyping import UInt8
 
+from parti_jax.core import texts
 from parti_jax.core.errors import UserError
 from parti_jax.data import image_decoding
 from parti_jax.evaluation import distribution_report
@@ -76,7 +77,7 @@ class Report:
     best = (
       f"the ranker's best of {self.num_images} pictures" if self.num_images > 1 else 'one picture'
     )
-    of_pictures = '' if self.pictures is None else f', of {self.pictures:,} pictures'
+    of_pictures = '' if self.pictures is None else f', of {texts.counted(self.pictures, "picture")}'
     lines = [
       f'{self.captions:,} of {self.captions_available:,} captions of {self.dataset}'
       f'{of_pictures}; {best} for each, generated at '
@@ -90,7 +91,9 @@ class Report:
       )
     lines += skipped_remarks(self.skipped)
     if self.captions_cut:
-      lines.append(f"{self.captions_cut:,} captions exceeded the model's text length and were cut.")
+      lines.append(
+        f"Cut to the model's text length: {texts.counted(self.captions_cut, 'caption')}."
+      )
     return [*lines, *distribution_report.notes(self.distributions)]
 
   def text(self) -> str:
@@ -122,7 +125,9 @@ class Report:
 
 def skipped_remarks(skipped: Mapping[str, int]) -> list[str]:
   """Returns a sentence on captions that were left out, {reason: number}; none without such captions."""
-  reasons = ', '.join(f'{count:,} captions ({reason})' for reason, count in skipped.items())
+  reasons = ', '.join(
+    f'{texts.counted(count, "caption")} ({reason})' for reason, count in skipped.items()
+  )
   return [f'Skipped: {reasons}.'] if skipped else []
 
 

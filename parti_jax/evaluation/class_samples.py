@@ -24,6 +24,7 @@ from jaxtyping import Float32
 from jaxtyping import UInt8
 
 from parti_jax.core import image_sizes
+from parti_jax.core import texts as texts_lib
 from parti_jax.evaluation import tables
 from parti_jax.evaluation.datasets import picture_shards
 from parti_jax.evaluation.datasets import sample_files
@@ -108,7 +109,7 @@ class Report:
       )
     if self.texts_cut:
       lines.append(
-        f"{self.texts_cut:,} pictures have a text that exceeded the model's text length."
+        f"With a text cut to the model's text length: {texts_lib.counted(self.texts_cut, 'picture')}."
       )
     if self.recognized is not None:
       lines.append(

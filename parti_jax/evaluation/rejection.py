@@ -22,6 +22,7 @@ from jaxtyping import Float64
 from jaxtyping import Int
 from PIL import Image
 
+from parti_jax.core import texts as texts_lib
 from parti_jax.core.errors import UserError
 from parti_jax.evaluation import captions_evaluation
 from parti_jax.evaluation import distribution_report
@@ -127,7 +128,9 @@ class Report:
       'are optimistic.'
     ]
     if self.captions_cut:
-      lines.append(f"{self.captions_cut:,} captions exceeded the model's text length and were cut.")
+      lines.append(
+        f"Cut to the model's text length: {texts_lib.counted(self.captions_cut, 'caption')}."
+      )
     return lines
 
   def text(self) -> str:

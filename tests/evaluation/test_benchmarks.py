@@ -378,7 +378,7 @@ def test_results_of_an_unfinished_geneval(tmp_path):
   path = tmp_path / 'results.jsonl'
   path.write_text(geneval_rows([[True], [True, False], [False, False]]))
   (found,) = shown(tmp_path, f'geneval={path}')
-  assert any('some prompts have 1 pictures and others up to 2' in r for r in found['remarks'])
+  assert any('some prompts have 1 picture and others up to 2' in r for r in found['remarks'])
   path.write_text(geneval_rows([[True]]) * 2)
   with pytest.raises(UserError, match=r'line 2: images/00000/samples/0000.png was judged before'):
     shown(tmp_path, f'geneval={path}')

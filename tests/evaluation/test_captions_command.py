@@ -97,7 +97,7 @@ def test_reports_pictures_and_sheet(pipeline, flags, tmp_path, capsys):
   assert measured.protocol['real_digest'] == digest.hexdigest()
   assert measured.subject['sampling'] == {'guidance_scale': 2.0}
   printed = capsys.readouterr()
-  assert 'all 12 captions, which are fewer than --num_captions=30000' in printed.err
+  assert 'using 12 captions, all that there are and fewer than --num_captions=30000' in printed.err
   assert 'Fréchet distance' in printed.out and 'MS-COCO' in printed.out
   assert Image.open(out / 'contact_sheet.png').width > 4 * 2 * 128
   with tarfile.open(out / 'generated' / '00001.tar') as tar:
@@ -146,7 +146,7 @@ def test_damaged_pictures_are_counted_and_skipped_on_both_sides(pipeline, flags,
   assert report['captions'] == report['pictures'] == PICTURES - 2
   assert report['distributions'][0]['rows']['generated']['pictures'] == PICTURES - 2
   assert (
-    'Skipped: 1 captions (no picture file), 1 captions (damaged picture).'
+    'Skipped: 1 caption (no picture file), 1 caption (damaged picture).'
     in (tmp_path / 'out' / 'report.md').read_text()
   )
 
@@ -231,7 +231,8 @@ def test_cut_captions_are_counted(pipeline, flags, tmp_path):
   run(*flags)  # Also known for shards of an earlier run.
   assert len(pipeline.generated) == 3
   assert json.loads((tmp_path / 'out' / 'report.json').read_text())['captions_cut'] == 3
-  assert '3 captions exceeded' in (tmp_path / 'out' / 'report.md').read_text()
+  report = (tmp_path / 'out' / 'report.md').read_text()
+  assert "Cut to the model's text length: 3 captions." in report
 
 
 def test_without_features_to_compare(pipeline, flags, tmp_path):

@@ -276,6 +276,15 @@ def test_a_reference_without_pictures_is_found_first(pipeline, flags, tmp_path, 
   assert not pipeline.generated
 
 
+def test_one_picture_is_too_few(pipeline, flags, tmp_path):
+  command = [*flags, '--num_captions=1', f'--output_dir={tmp_path}/out']
+  for more in ([], ['--sweep', 'top_p=0.5,1'], ['--rejection', '0.5', '1', '--num_images=2']):
+    with pytest.raises(UserError, match='MS-COCO: one caption leads to one picture .* two'):
+      run(*command, *more)
+  assert not pipeline.generated and not (tmp_path / 'out').exists()
+  run(*command, '--rejection', '1', '--num_images=2')
+
+
 def test_the_same_captions_are_chosen_without_pictures(tmp_path):
   captions = [f'picture {identity // 3}, {identity % 3}' for identity in range(30)]
   content = {'images': [], 'annotations': []}

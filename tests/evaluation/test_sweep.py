@@ -152,7 +152,7 @@ def test_tables_count_captions_that_are_left_out(pipeline, coco, tmp_path):
   (tmp_path / 'val2014' / '4.png').unlink()
   run(*coco, '--sweep', 'guidance_scale=1,2', f'--output_dir={tmp_path}/out')
   run(*coco, '--num_images=2', '--rejection', '1', f'--output_dir={tmp_path}/accepted')
-  skipped = 'Skipped: 1 captions (no picture file), 1 captions (unknown picture format).'
+  skipped = 'Skipped: 1 caption (no picture file), 1 caption (unknown picture format).'
   assert skipped in (tmp_path / 'out' / 'sweep.md').read_text()
   assert skipped in (tmp_path / 'accepted' / 'rejection.md').read_text()
 

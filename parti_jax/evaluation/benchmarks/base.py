@@ -16,6 +16,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from parti_jax.core import storage
+from parti_jax.core import texts
 from parti_jax.core.errors import UserError
 from parti_jax.data.readers import text_files
 from parti_jax.evaluation.metrics import distribution
@@ -238,10 +239,12 @@ def counts_remark(title: str, prompts: int, of_prompt: Sequence[int], published:
   """
   remarks = []
   if prompts != published:
-    remarks.append(f'{title}: {prompts:,} prompts, but the published set has {published:,}.')
+    remarks.append(
+      f'{title}: {texts.counted(prompts, "prompt")}, but the published set has {published:,}.'
+    )
   if len(of_prompt) > 1:
     remarks.append(
-      f'{title}: some prompts have {min(of_prompt)} pictures and others up to {max(of_prompt)}; '
-      'the run or its judge was interrupted.'
+      f'{title}: some prompts have {texts.counted(min(of_prompt), "picture")} and others up to '
+      f'{max(of_prompt)}; the run or its judge was interrupted.'
     )
   return remarks

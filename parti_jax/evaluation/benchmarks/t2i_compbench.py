@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from parti_jax.core import storage
+from parti_jax.core import texts
 from parti_jax.core.errors import UserError
 from parti_jax.evaluation.benchmarks import base
 
@@ -166,7 +167,7 @@ class T2ICompBench(base.Benchmark):
     title = f'{self.title}, {category}'
     remarks = base.counts_remark(title, len(of_prompt), counts, _PROMPTS)
     if missing := len(prompt_of) - len(answers):
-      remarks.append(f'{title}: {missing:,} pictures have no score.')
+      remarks.append(f'{title}: no score of {texts.counted(missing, "picture")}.')
     return dict(of_prompt), remarks
 
 

@@ -161,7 +161,7 @@ def read_tfds(data_dir: str | None, limit: int, seed: int) -> captioned_pictures
   if not builder.info.splits:
     raise UserError(
       f'coco_captions is not prepared in {builder.data_dir}: run `tfds build coco_captions` '
-      '(--tfds_dir names another folder), or give --annotations and --pictures'
+      '(--tfds_dir names another folder), or give --annotations with --pictures or --reference'
     )
   found = captioned_pictures.Captions()
   for position, example in enumerate(_examples(builder, ('captions',))):

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from parti_jax.core import texts
 from parti_jax.data import openmoji_scenes
 from parti_jax.evaluation import tables
 from parti_jax.evaluation.openmoji import scene_judge
@@ -168,7 +169,9 @@ class Report:
       _HOW_JUDGED,
     ]
     if self.captions_cut:
-      notes.append(f"{self.captions_cut} captions exceeded the model's text length and were cut.")
+      notes.append(
+        f"Cut to the model's text length: {texts.counted(self.captions_cut, 'caption')}."
+      )
     return notes
 
   def text(self) -> str:
