@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
   """
   # Registers everything that gin files may name.
   from parti_jax.data import datasets
+  from parti_jax.sampling import text_to_image  # noqa: F401
 
   sampling_flags.check_numbers(args, 'max_pictures')
   gin_config.parse(args.gin_file, args.gin_bindings)
