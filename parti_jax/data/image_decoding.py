@@ -236,6 +236,11 @@ def _loaded(opened: ImageFile.ImageFile, data: bytes, size: int) -> Image.Image:
     # If a side has few pixels, simplejpeg would keep it and shrink only the other one.
     least = 2 * size if size and min(opened.size) > 2 * size else 0
     image = jpegs.decode(data, 'CMYK' if opened.mode == 'CMYK' else 'RGB', least)
+  return upright(image, opened)
+
+
+def upright(image: Image.Image, opened: Image.Image) -> Image.Image:
+  """Applies the EXIF orientation of a file, if it is readable, to the picture that it holds."""
   turn = _ORIENTATIONS.get(_orientation(opened))
   return image.transpose(turn) if turn is not None else image
 

@@ -300,7 +300,8 @@ def _marked_in_file(data: bytes) -> Bool[np.ndarray, 'height width']:
 
   image_decoding.decode_whole(data)  # Refuses what is damaged or too large.
   with Image.open(io.BytesIO(data), formats=image_decoding.FORMATS) as image:
-    return _marked(image)
+    # As the picture's is, so that a mask that was painted over a photograph stays in place.
+    return _marked(image_decoding.upright(image, image))
 
 
 def _marked(mask: Image.Image) -> Bool[np.ndarray, 'height width']:

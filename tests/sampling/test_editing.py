@@ -212,6 +212,24 @@ def test_masks_as_files(picture, tmp_path):
     assert edit.metadata()['edited_image'] == 'picture.png'
 
 
+@pytest.mark.parametrize('orientation', [1, 3, 6])
+def test_a_photograph_and_its_mask_turn_alike(orientation, tmp_path):
+  """An image program that paints a mask over a photograph keeps its EXIF orientation."""
+  turn = {1: 0, 3: 2, 6: 3}[orientation]  # Counterclockwise quarters that a viewer applies.
+  upright = np.zeros((24, 16), np.uint8)
+  upright[10:12, :3] = 255  # The first of the four columns, in the upper half of what is left.
+  exif = Image.Exif()
+  exif[0x112] = orientation
+  stored = Image.fromarray(np.rot90(upright, -turn))
+  stored.save(tmp_path / 'mask.png', exif=exif)
+  stored.convert('RGB').save(tmp_path / 'photograph.png', exif=exif)
+  edit = editing.edit(
+    tmp_path / 'photograph.png', tmp_path / 'mask.png', None, None, (8, 16), (2, 4)
+  )
+  np.testing.assert_array_equal(edit.image, np.repeat(upright[8:16, :, None], 3, axis=2))
+  np.testing.assert_array_equal(edit.kept, [[0, 1, 1, 1], [1, 1, 1, 1]])
+
+
 def test_a_model_of_wide_pictures_cuts_what_is_above_and_below():
   square = np.random.default_rng(1).integers(0, 256, (16, 16, 3), np.uint8)
   mask = np.zeros((16, 16), bool)
