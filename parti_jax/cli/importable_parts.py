@@ -25,6 +25,7 @@ from parti_jax.cli.import_formats import tokenizers
 from parti_jax.cli.import_formats import upscalers
 from parti_jax.core import checks
 from parti_jax.core import fingerprints
+from parti_jax.core import image_sizes
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
 from parti_jax.exported_model import model_folder
@@ -104,6 +105,8 @@ def _image_tokenizer(
     if generator.flags['image_size'] is not None:
       raise UserError(f'--image_size is for weights; {path} says it for itself')
     part = model_folder.load_part('tokenizer', path)
+    # The arrays don't show how many rows and columns their tokens fill.
+    image_sizes.square(part.config.image_size, f'--tokenizer={path}: published generators draw')
     origin = model_folder.part_provenance('tokenizer', path)
     fingerprint = part.made_with.get('tokenizer') or _fingerprint(part.config, part.params)
     return formats.ImageTokenizer(part.config, part.params, origin, fingerprint)

@@ -1,5 +1,6 @@
 """LlamaGen's generators from elsewhere: import, generate in all ways, train further, export."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -285,6 +286,12 @@ def test_what_is_missing_or_does_not_fit_is_named(sources, models, tmp_path, cap
   safetensors.numpy.save_file(weights, named)
   assert 'of images of 384 pixels, but the image tokenizer makes 6' in fails(
     named, tokenizer, heads
+  )
+  part = model_folder.load_part('tokenizer', sources / 'vqgan')
+  wide = part._replace(config=dataclasses.replace(part.config, image_size=(2, 18)))
+  model_folder.save_part(tmp_path / 'wide', 'tokenizer', wide, {'tokenizer': 'random'})
+  assert 'wide: published generators draw square pictures only, none of 2×18 pixels' in fails(
+    'c2i.safetensors', f'--tokenizer={tmp_path / "wide"}', heads
   )
   del weights['model.layers.1.ffn_norm.weight']
   weights['model.layers.1.other'] = np.zeros(2, np.float32)
