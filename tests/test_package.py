@@ -267,6 +267,20 @@ _WITHOUT_TENSORFLOW = (
   'parti_jax.cli.plan',
   'parti_jax.cli.t5x_checkpoint',
 )
+# Drawing, editing and serving need only what everybody installs, and the extra `serve`.
+_WITHOUT_THE_EXTRA_DATA = (
+  *_WITHOUT_TENSORFLOW[:3],
+  'parti_jax.data.image_decoding',
+  'parti_jax.sampling.editing',
+  'parti_jax.sampling.upscaling',
+  'parti_jax.serving.http_server',
+  'parti_jax.cli.serve',
+  'parti_jax.cli.upscale',
+)
+# JAX and optax import the other two.
+_OF_THE_EXTRA_DATA = {
+  package for package, extra in optional_packages.EXTRAS.items() if extra == 'data'
+} - {'absl', 'scipy'}
 _IMPORT_ONE_AFTER_ANOTHER = """
 import importlib, sys
 unwanted = set(sys.argv[1].split(','))
@@ -283,6 +297,7 @@ for name in sys.argv[2:]:
   [
     (_WITHOUT_JAX, {'jax', 'flax', 'gin', 'tensorflow'}),
     (_WITHOUT_TENSORFLOW, _TENSORFLOW),
+    (_WITHOUT_THE_EXTRA_DATA, _OF_THE_EXTRA_DATA),
   ],
 )
 def test_these_do_without(names, unwanted):

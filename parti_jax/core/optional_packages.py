@@ -22,7 +22,6 @@ EXTRAS = {
   's3fs': 's3',
   'scipy': 'data',
   'seqio': 'data',
-  'simplejpeg': 'data',
   'starlette': 'serve',
   'tensorboard': 'data',
   'tensorflow': 'data',
