@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_parameters
 
 from parti_jax.core.errors import UserError
 from parti_jax.models import flops
@@ -47,12 +48,12 @@ IMAGES = np.random.default_rng(1).integers(0, 12, (2, 6)).astype(np.int32)
 
 @functools.cache
 def params_of(config):
-  """Parameters moved away from their initial values, so that the scales of norms count."""
-  variables = jax.jit(parti.Parti(config).init)(jax.random.key(0), *parti.example_inputs(config))
+  """Parameters in which the scales of norms differ from 1."""
+  params = random_parameters.of(parti.Parti(config), parti.example_inputs(config))
   noise = np.random.default_rng(0)
   return jax.tree.map(
-    lambda leaf: np.asarray(leaf + 0.2 * noise.normal(size=leaf.shape).astype(np.float32)),
-    nn.meta.unbox(variables['params']),
+    lambda leaf: leaf + 0.2 * noise.normal(size=leaf.shape).astype(np.float32),
+    params,
   )
 
 

@@ -2,11 +2,11 @@
 
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_parameters
 
 from parti_jax.core import gin_config
 from parti_jax.core.errors import UserError
@@ -36,9 +36,7 @@ TEXTS = np.array([[3, 4, 5, 1, 0], [6, 1, 0, 0, 0]], np.int32)
 def fixture_network():
   """A function of pictures and texts, and its parameters."""
   module = coca.CoCa(SIZES)
-  params = jax.jit(
-    lambda key: nn.meta.unbox(module.init(key, *coca.example_inputs(SIZES))['params'])
-  )(jax.random.key(0))
+  params = random_parameters.of(module, coca.example_inputs(SIZES))
   return jax.jit(lambda params, *inputs: module.apply({'params': params}, *inputs)), params
 
 
