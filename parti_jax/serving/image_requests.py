@@ -377,8 +377,10 @@ def _uploaded(name: str, data: bytes, limits: Limits) -> Image.Image:
       )
     whole, _ = image_decoding.decode_whole(data)  # Refuses what is damaged.
     with Image.open(io.BytesIO(data), formats=image_decoding.FORMATS) as image:
-      transparent = _is_transparent(image)
-      return image.convert('RGBA') if transparent and image.size == whole.size else whole
+      if not _is_transparent(image):
+        return whole
+      turned = image_decoding.upright(image.convert('RGBA'), image)
+      return turned if turned.size == whole.size else whole
   except UndecodablePicture as error:
     raise RequestError(f'{name}: {error}; send a PNG, JPEG, WebP or GIF', field=name) from None
 

@@ -216,6 +216,21 @@ def test_what_a_mask_marks_is_drawn_anew():
   np.testing.assert_array_equal(parse_form(image=transparent).edit.kept, kept)
 
 
+@pytest.mark.parametrize('orientation', [3, 6, 8])
+def test_a_transparent_picture_is_turned_as_its_file_says(orientation):
+  pixels = np.full([64, 64, 4], 255, np.uint8)
+  pixels[8:16, 16:32, 3] = 0
+  turned = {3: lambda x: x[::-1, ::-1], 6: lambda x: np.rot90(x, -1), 8: np.rot90}[orientation]
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  content = io.BytesIO()
+  Image.fromarray(pixels, 'RGBA').save(content, 'PNG', exif=exif)
+  kept = np.ones([8, 8], bool)
+  kept[1, 2:4] = False
+  np.testing.assert_array_equal(parse_form(mask=content.getvalue()).edit.kept, turned(kept))
+  np.testing.assert_array_equal(parse_form(image=content.getvalue()).edit.kept, turned(kept))
+
+
 @pytest.mark.parametrize(
   'form, field, message',
   [

@@ -36,8 +36,9 @@ _SEARCH_PATHS = [gin_config.folder().parent, *t5x_train._DEFAULT_GIN_SEARCH_PATH
 
 
 @pytest.fixture(name='parse')
-def _parse(monkeypatch):
+def _parse(monkeypatch, tmp_path):
   """Reads gin as t5x's commands do: a model's file, a run's, and bindings as on a command line."""
+  monkeypatch.chdir(tmp_path)  # Commands write to MODEL_DIR.
 
   def parse(model, run, *bindings):
     main, required = RUNS[run]
