@@ -2,11 +2,11 @@
 
 import dataclasses
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_parameters
 import safetensors.numpy
 import tiny_configs
 from PIL import Image
@@ -168,13 +168,12 @@ _OF_EACH_KIND = (
 @pytest.mark.parametrize('config', _OF_EACH_KIND, ids=image_tokenizers.CONFIGS.name_of)
 def test_every_kind_of_tokenizer_is_reconstructed(config):
   module = image_tokenizers.module(config)
-  init = jax.jit(module.init)
-  variables = init(jax.random.key(0), *image_tokenizers.example_inputs(config))
+  params = random_parameters.of(module, image_tokenizers.example_inputs(config))
   images = IMAGES[:3, :16, :16]
-  found = tokenizer_evaluation.Reconstructor(config, nn.meta.unbox(variables['params']))(images)
+  found = tokenizer_evaluation.Reconstructor(config, params)(images)
   assert found.images.shape == images.shape and found.images.dtype == np.uint8
   assert found.tokens.shape == (3, config.image_length) and found.lpips is None
-  one = tokenizer_evaluation.Reconstructor(config, nn.meta.unbox(variables['params']))(images[1:2])
+  one = tokenizer_evaluation.Reconstructor(config, params)(images[1:2])
   np.testing.assert_array_equal(one.images[0], found.images[1])
 
 

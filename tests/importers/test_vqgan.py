@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_parameters
 
 from parti_jax.core.errors import UserError
 from parti_jax.importers import files
@@ -271,12 +272,10 @@ def test_maskgits_tokenizer_gives_the_same_tokens_and_pixels(tmp_path):
   decoder = Coder((64, 64, 32), 1, 3, up=True)
   images = jnp.asarray(draw.uniform(size=(2, 24, 16, 3)), jnp.float32)
   table = jnp.asarray(draw.normal(size=(19, 5)), jnp.float32)
-  noise = lambda leaf: np.asarray(leaf) + 0.1 * draw.normal(size=leaf.shape).astype(np.float32)
+  noise = lambda leaf: leaf + 0.1 * draw.normal(size=leaf.shape).astype(np.float32)
   parts = {
-    'encoder': jax.tree.map(noise, jax.jit(encoder.init)(jax.random.key(0), images)['params']),
-    'decoder': jax.tree.map(
-      noise, jax.jit(decoder.init)(jax.random.key(1), jnp.zeros((1, 6, 4, 5)))['params']
-    ),
+    'encoder': jax.tree.map(noise, random_parameters.of(encoder, [images])),
+    'decoder': jax.tree.map(noise, random_parameters.of(decoder, [jnp.zeros((1, 6, 4, 5))], 1)),
     'quantizer': {'codebook': table},
   }
   latents = jax.jit(encoder.apply)({'params': parts['encoder']}, images)

@@ -46,7 +46,8 @@ def test_the_shares_of_a_program():
   """They add up to its traffic, and the gradient of the wide layer's kernel is written."""
   model, x = _TwoLayers(), jnp.ones((8, 512))
   loss = lambda variables: jnp.sum(jnp.square(model.apply(variables, x)))
-  compiled = jax.jit(jax.grad(loss)).lower(model.init(jax.random.key(0), x)).compile()
+  variables = jax.eval_shape(model.init, jax.random.key(0), x)
+  compiled = jax.jit(jax.grad(loss)).lower(variables).compile()
   costs = hlo_cost.costs(hlo_text.parse(compiled.as_text()), 1)
   assert sum(costs.traffic.values()) == pytest.approx(costs.hbm_bytes)
   shares = hlo_scopes.largest(costs.traffic)
