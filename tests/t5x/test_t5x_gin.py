@@ -24,10 +24,10 @@ from parti_jax.t5x import models
 MODELS = sorted(path.stem for path in (gin_config.folder() / 't5x/models').glob('*.gin'))
 # The module that runs, and what has to be given.
 RUNS = {
-  'pretrain': (t5x_train, ['MODEL_DIR = "run"']),
+  'pretrain': (t5x_train, ['MODEL_DIR = "{folder}/run"']),
   'finetune': (
     t5x_train,
-    ['MODEL_DIR = "run"', 'INITIAL_CHECKPOINT_PATH = "checkpoint_8"', 'TRAIN_STEPS = 12'],
+    ['MODEL_DIR = "{folder}/run"', 'INITIAL_CHECKPOINT_PATH = "checkpoint_8"', 'TRAIN_STEPS = 12'],
   ),
   'eval': (t5x_eval, ['CHECKPOINT_PATH = "checkpoint_8"', 'EVAL_OUTPUT_DIR = "out"']),
   'infer': (t5x_infer, ['CHECKPOINT_PATH = "checkpoint_8"', 'INFER_OUTPUT_DIR = "out"']),
@@ -38,14 +38,13 @@ _SEARCH_PATHS = [gin_config.folder().parent, *t5x_train._DEFAULT_GIN_SEARCH_PATH
 @pytest.fixture(name='parse')
 def _parse(monkeypatch, tmp_path):
   """Reads gin as t5x's commands do: a model's file, a run's, and bindings as on a command line."""
-  monkeypatch.chdir(tmp_path)  # Commands write to MODEL_DIR.
 
   def parse(model, run, *bindings):
     main, required = RUNS[run]
     monkeypatch.setitem(sys.modules, '__main__', main)  # What `import __main__` in gin gives.
     gin.clear_config()
     arguments = [
-      f'--gin.{binding}'
+      f'--gin.{binding.replace("{folder}", str(tmp_path))}'
       for binding in ('MIXTURE_OR_TASK_NAME = "cached_tokens"', *required, *bindings)
     ]
     gin_utils.parse_gin_flags(
