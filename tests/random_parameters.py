@@ -52,8 +52,9 @@ def like(abstract, seed=0, factor=1.0):
     factor: what all values are multiplied by.
 
   Returns:
-    A tree of NumPy arrays. Kernels, embeddings and the like are normal, the scales of norms 1 and
-    biases 0, times the factor.
+    A tree of NumPy arrays; `jax.device_put` makes JAX arrays of them, where code outside of `jax.jit`
+    needs those. Kernels, embeddings and the like are normal, the scales of norms 1 and biases 0,
+    times the factor.
 
   Raises:
     KeyError: for a parameter whose name is not known here.

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_parameters
 
 from parti_jax.core.errors import UserError
 from parti_jax.models import quantizer
@@ -36,7 +37,7 @@ def images():
 
 @pytest.fixture(scope='module')
 def params(images):
-  return nn.meta.unbox(jax.jit(vit_vqgan.ViTVQGAN(TINY).init)(jax.random.key(0), images))['params']
+  return random_parameters.of(vit_vqgan.ViTVQGAN(TINY), [images])
 
 
 def test_patches_are_the_picture_cut_in_raster_order():

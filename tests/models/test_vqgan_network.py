@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_parameters
 import tiny_configs
 
 from parti_jax.core.errors import UserError
@@ -33,8 +34,7 @@ def _images(*shape):
 
 @functools.cache
 def _init(config):
-  init = lambda key: vqgan.VQGAN(config).init(key, *vqgan.example_inputs(config))
-  return nn.meta.unbox(jax.jit(init)(jax.random.key(0)))
+  return {'params': random_parameters.of(vqgan.VQGAN(config), vqgan.example_inputs(config))}
 
 
 @functools.cache
