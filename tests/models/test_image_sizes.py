@@ -3,11 +3,11 @@
 import dataclasses
 import json
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_parameters
 import tiny_configs
 
 from parti_jax.core import errors
@@ -29,7 +29,7 @@ def test_tokenizers_encode_and_decode(kind, size):
   module = image_tokenizers.module(config)
   images = jax.random.uniform(jax.random.key(0), (2, *size, 3))
   assert image_tokenizers.example_inputs(config)[0].shape == (1, *size, 3)
-  params = nn.meta.unbox(jax.jit(module.init)(jax.random.key(1), images))
+  params = {'params': jax.device_put(random_parameters.of(module, [images]))}
   patch = 4 if kind == 'vit_vqgan' else 2
   assert config.grid == (size[0] // patch, size[1] // patch)
   tokens = module.apply(params, images, method='tokenize')
@@ -108,7 +108,7 @@ def test_the_ranker_embeds_wide_pictures():
   assert config.patches == 8
   module, inputs = rankers.module(config), rankers.example_inputs(config)
   assert inputs[0].shape == (1, 8, 16, 3)
-  params = nn.meta.unbox(jax.jit(module.init)(jax.random.key(0), *inputs))
+  params = {'params': random_parameters.of(module, inputs)}
   assert module.apply(params, inputs[0], method='image_features').shape == (1, 4)
 
 
@@ -116,7 +116,7 @@ def test_the_ranker_embeds_wide_pictures():
 def test_the_discriminator_halves_both_sides(size):
   config = discriminator.DiscriminatorConfig(channels=16, minibatch_group=1)
   module, images = discriminator.Discriminator(config), jnp.zeros((2, *size, 3))
-  params = nn.meta.unbox(jax.jit(module.init)(jax.random.key(0), images))
+  params = {'params': random_parameters.of(module, [images])}
   assert module.apply(params, images).shape == (2,)
   assert config.sizes(size) == config.sizes(min(size))
 
