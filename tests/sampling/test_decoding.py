@@ -3,11 +3,11 @@
 import dataclasses
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_parameters
 
 from parti_jax.models import parti
 from parti_jax.models import parti_config
@@ -37,9 +37,7 @@ TEXTS = np.array([[4, 7, 1, 0, 0], [3, 1, 0, 0, 0], [9, 9, 8, 5, 1]], np.int32)
 @pytest.fixture(scope='module')
 def params():
   """Parameters large enough for texts and tokens to matter."""
-  init = functools.partial(parti.Parti(CONFIG).init, jax.random.key(0))
-  params = nn.meta.unbox(jax.jit(init)(*parti.example_inputs(CONFIG)))['params']
-  return jax.tree.map(lambda leaf: leaf * 3.0, params)
+  return random_parameters.of(parti.Parti(CONFIG), parti.example_inputs(CONFIG), factor=3.0)
 
 
 @functools.partial(jax.jit, static_argnames='segment')
@@ -129,9 +127,7 @@ def tall():
     decoder_layers=4,
     attention_patterns=('conv', 'row', 'column', 'global'),
   )
-  init = functools.partial(parti.Parti(config).init, jax.random.key(1))
-  params = nn.meta.unbox(jax.jit(init)(*parti.example_inputs(config)))['params']
-  params = jax.tree.map(lambda leaf: leaf * 2.0, params)
+  params = random_parameters.of(parti.Parti(config), parti.example_inputs(config), 1, factor=2.0)
   texts = jnp.asarray(np.resize(TEXTS, (8, CONFIG.text_length)))
   tokens = jnp.asarray(np.random.default_rng(1).integers(0, 11, (8, 14)), jnp.int32)
   return config, params, texts, tokens

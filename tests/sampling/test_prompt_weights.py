@@ -1,10 +1,9 @@
 """Weights of words in a prompt."""
 
-import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_parameters
 
 import parti_jax
 from parti_jax.core.errors import UserError
@@ -113,7 +112,7 @@ CONFIG = parti_config.PartiConfig(
 
 def test_weights_scale_the_features_around_those_of_the_empty_text():
   inputs = parti.example_inputs(CONFIG)
-  params = nn.meta.unbox(jax.jit(parti.Parti(CONFIG).init)(jax.random.key(0), *inputs))['params']
+  params = random_parameters.of(parti.Parti(CONFIG), inputs)
   sampling = parameters.for_sampling(CONFIG, params)
   texts = jnp.asarray([[4, 7, 1, 0, 0], [3, 9, 8, 5, 1]], jnp.int32)
   weights = jnp.asarray([[1, 2, 1, 1, 1], [0, 0.5, 1, 3, 1]], jnp.float32)
