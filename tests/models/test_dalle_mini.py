@@ -3,12 +3,12 @@
 import dataclasses
 import functools
 
-import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_parameters
 
 from parti_jax.core.errors import UserError
 from parti_jax.models import dalle_mini
@@ -34,9 +34,9 @@ TEXTS = np.array([[0, 5, 6, 7, 8, 9, 2], [0, 11, 2, 0, 0, 0, 0], [0, 2, 0, 0, 0,
 @pytest.fixture(scope='module', name='params')
 def fixture_params():
   module = dalle_mini.DalleMini(CONFIG)
-  found = jax.jit(module.init)(jax.random.key(0), *dalle_mini.example_inputs(CONFIG))
+  found = random_parameters.of(module, dalle_mini.example_inputs(CONFIG))
   # Biases and scales that matter.
-  paths = flax.traverse_util.flatten_dict(nn.meta.unbox(found['params']), sep='/')
+  paths = flax.traverse_util.flatten_dict(found, sep='/')
   draw = np.random.default_rng(0)
   moved = {
     path: leaf + 0.3 * draw.normal(size=leaf.shape).astype(np.float32)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_parameters
 import tiny_llamagen
 
 from parti_jax.core.errors import UserError
@@ -65,10 +66,8 @@ def tiny(texts):
     {path: np.asarray(array) for path, array in found.items()}, sep='/'
   )
   if texts:
-    made = generators.module(config).init(jax.random.key(1), *generators.example_inputs(config))
-    params['text_encoder'] = jax.tree.map(
-      lambda leaf: np.asarray(leaf) * 3, nn.meta.unbox(made['params']['text_encoder'])
-    )
+    made = random_parameters.of(generators.module(config), generators.example_inputs(config), 1)
+    params['text_encoder'] = jax.tree.map(lambda leaf: leaf * 3, made['text_encoder'])
   return config, params, weights
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_parameters
 
 from parti_jax.core.errors import UserError
 from parti_jax.models import parti
@@ -32,9 +33,9 @@ TINY = parti_config.PartiConfig(
 
 @pytest.fixture(scope='module')
 def params():
-  """Parameters of TINY, moved away from their initial values so that norms count."""
-  variables = jax.jit(parti.Parti(TINY).init)(jax.random.key(0), *parti.example_inputs(TINY))
-  leaves, tree = jax.tree.flatten(nn.meta.unbox(variables['params']))
+  """Parameters of TINY in which the scales of norms differ from 1."""
+  found = random_parameters.of(parti.Parti(TINY), parti.example_inputs(TINY))
+  leaves, tree = jax.tree.flatten(found)
   noise = np.random.default_rng(0)
   return tree.unflatten(
     [leaf + 0.1 * noise.normal(size=leaf.shape).astype(np.float32) for leaf in leaves]

@@ -1,9 +1,8 @@
 """The ranker's features and scores, and pictures in the order of their scores."""
 
-import flax.linen as nn
-import jax
 import numpy as np
 import pytest
+import random_parameters
 
 from parti_jax.core.errors import UserError
 from parti_jax.data import vocabulary
@@ -33,9 +32,8 @@ def fixture_part(parts):
     text_length=24,
     dtype='float32',
   )
-  init = jax.jit(coca.CoCa(config).init)
-  params = nn.meta.unbox(init(jax.random.key(2), *coca.example_inputs(config))['params'])
-  return model_folder.Part(config, jax.tree.map(lambda leaf: 2.0 * leaf, params))
+  params = random_parameters.of(coca.CoCa(config), coca.example_inputs(config), 2, factor=2.0)
+  return model_folder.Part(config, params)
 
 
 @pytest.fixture(scope='session', name='ranker')
