@@ -3,11 +3,11 @@
 import dataclasses
 import json
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_parameters
 
 from parti_jax.checkpoints import run_checkpoints
 from parti_jax.core.errors import UserError
@@ -60,8 +60,8 @@ def sizes(kind, **changes):
 
 
 def parameters_of(config):
-  variables = jax.jit(parti.Parti(config).init)(jax.random.key(0), *parti.example_inputs(config))
-  leaves, tree = jax.tree.flatten(nn.meta.unbox(variables['params']))
+  found = random_parameters.of(parti.Parti(config), parti.example_inputs(config))
+  leaves, tree = jax.tree.flatten(found)
   noise = np.random.default_rng(0)
   return tree.unflatten(
     [leaf + 0.1 * noise.normal(size=leaf.shape).astype(np.float32) for leaf in leaves]
