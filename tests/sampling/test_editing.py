@@ -3,11 +3,11 @@
 import dataclasses
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_parameters
 from PIL import Image
 
 import parti_jax
@@ -55,8 +55,7 @@ GRID, LENGTH = (4, 4), 16
 
 def large_params(module, inputs, seed=0):
   """Random parameters for which inputs matter."""
-  params = nn.meta.unbox(jax.jit(module.init)(jax.random.key(seed), *inputs))['params']
-  return jax.tree.map(lambda leaf: 3.0 * leaf, params)
+  return random_parameters.of(module, inputs, seed, factor=3.0)
 
 
 @functools.cache
