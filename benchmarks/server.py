@@ -10,10 +10,10 @@ Starts `parti-jax serve` and draws the same pictures in ways that take turns in 
   for the next one over the same connection.
 
 Ratios are those of a round to the big batches of the same round, and the median over rounds is
-printed. Beside that of pictures per second is that of processor time per picture, of the server's
-process alone; other programs on the machine affect it less. Then --requests more pictures are drawn by the most clients, of which one in ten goes away
-before its picture is there, and the server's memory, threads and open files are read before, halfway
-and after.
+printed. Next to that of pictures per second is that of processor time per picture, of the server's
+process alone; other programs on the machine affect it less. Then --requests more pictures are drawn
+by the most clients, of which one in ten goes away before its picture is there, and the server's
+memory, threads and open files are read before, halfway and after.
 """
 
 import argparse
