@@ -20,7 +20,7 @@ check() {
   shift
   "$@" || failed="$failed${failed:+, }$name"
 }
-# Beside the others, since it and mypy take longest. Material announces the end of MkDocs 1 on every build.
+# Next to the others, since it and mypy take longest. Material announces the end of MkDocs 1 on every build.
 NO_MKDOCS_2_WARNING=1 "$venv/bin/mkdocs" build --strict >"$said" 2>&1 &
 site=$!
 check 'ruff check' "$venv/bin/ruff" check .
