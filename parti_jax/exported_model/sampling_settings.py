@@ -151,7 +151,7 @@ class SamplingSettings:
 
   @property
   def skipping(self) -> tuple[str, int] | None:
-    """A setting that skips layers or passes or is speculative, and its value for off; None if none."""
+    """The first setting in use that skips layers or passes or is speculative, and its value for off."""
     exit_threshold, skip_threshold = self.thresholds
     for name, is_off, off in (
       ('exit_threshold', exit_threshold is None, 1),

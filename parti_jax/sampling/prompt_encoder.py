@@ -75,7 +75,7 @@ class PromptEncoder:
     return texts
 
   def encode_weighted(
-    self, prompts: list[str], weighted: bool
+    self, prompts: list[str], weighted: bool, stacklevel: int
   ) -> tuple[
     Int32[np.ndarray, 'prompts text_length'], Float32[np.ndarray, 'prompts text_length'] | None
   ]:
@@ -84,19 +84,20 @@ class PromptEncoder:
     Args:
       prompts: the prompts.
       weighted: whether they have weights of words.
+      stacklevel: an argument of `encode`.
 
     Raises:
       UserError: as `encode` does, or if the decoder or its cache can't weight words.
     """
     if not weighted:
-      return self.encode(prompts, 5), None
+      return self.encode(prompts, stacklevel), None
     prompt_weights_lib.check_supported(self._config)
     if self._cache == 'int8':
       raise UserError(
         "prompt_weights change keys and values of the text, which cache='int8' rounds; load the model "
         "with cache='float'"
       )
-    texts = self.encode(prompt_weights_lib.plain(prompts), 5)
+    texts = self.encode(prompt_weights_lib.plain(prompts), stacklevel)
     weights = np.stack(
       [
         prompt_weights_lib.token_weights(self.vocabulary, prompt, ids)

@@ -19,6 +19,10 @@ class Request:
   """Pictures to sample: checked arguments of `TextToImage.generate`.
 
   Attributes:
+    prompts: the prompts.
+    seed: the seed.
+    settings: the sampling settings.
+    best_of: number of candidates of each picture.
     index: the index of each picture; with `best_of` of each candidate.
     texts: text tokens of the prompts.
     sampling: the settings in the decoding loop's form.

@@ -193,12 +193,12 @@ class TextToImage:
         resized to their size. It goes with one of the next three, which say which of its image tokens
         are kept; the others are sampled. What is kept is the tokens, so pixels next to new tokens may
         change where the tokenizer's decoder sees both.
-      mask: what to sample anew: the path of a file or a PIL image, in which it is transparent, or
+      mask: what to redraw: the path of a file or a PIL image, in which it is transparent, or
         white if nothing is transparent; or bool, or uint8 from 128 on, [height, width]. It has the
         size of `image`. A token is kept if its whole patch lies outside.
       keep: the side and the share of the picture to keep, such as 'top:0.5'; the sides are those of
         `editing.SIDES`. A token is kept if its whole patch lies in this share.
-      vary: share of the tokens to sample anew, from 0 to 1, at random places of each picture.
+      vary: share of the tokens to redraw, from 0 to 1, at random places of each picture.
       best_of: number of candidates to sample for each picture, of which the one is returned after
         which the model finds the kept tokens behind the first new one likeliest. Picture i of a prompt
         has the indices from first_index + i · best_of on.
@@ -271,9 +271,9 @@ class TextToImage:
       seed: integer from 0 to 2³² − 1.
       first_index: index of the first picture of a prompt.
       image: a picture to edit.
-      mask: what to sample anew.
+      mask: what to redraw.
       keep: the side and the share of the picture to keep.
-      vary: share of the tokens to sample anew.
+      vary: share of the tokens to redraw.
       negative: a text for the pass without text of guidance.
       prompt_weights: whether the prompts have weights of words.
       **sampling: fields of SamplingSettings.
@@ -368,7 +368,7 @@ class TextToImage:
     """
     prompts = checks.texts('prompt', prompts)
     weighted = checks.boolean('prompt_weights', prompt_weights)
-    texts, text_weights = self._prompts.encode_weighted(prompts, weighted)
+    texts, text_weights = self._prompts.encode_weighted(prompts, weighted, 4)
     tokens = self.tokenize(editing.pictures(images, self.image_size))
     pairs = len(prompts) * len(tokens)
     found = self._log_likelihoods(
@@ -445,7 +445,7 @@ class TextToImage:
         f'best_of={best_of} compares how candidates fit to kept tokens, and nothing is edited; '
         '`rank` sorts pictures by their prompts'
       )
-    texts, text_weights = self._prompts.encode_weighted(prompts, weighted)
+    texts, text_weights = self._prompts.encode_weighted(prompts, weighted, 5)
     others = None
     if negative is not None:
       others = self._prompts.encode_negative(negative, settings)

@@ -1,7 +1,7 @@
 """Layers of multi-head attention: self-attention, causal self-attention in patterns, cross-attention.
 
-What they compute is in `dot_product_attention.py`, with a cache in `attention_cache.py`, and on TPUs
-in the kernel in `attention_kernel.py`.
+The computations are in `dot_product_attention.py`, those with a cache in `attention_cache.py`, and the
+kernel for TPUs in `attention_kernel.py`.
 """
 
 from __future__ import annotations

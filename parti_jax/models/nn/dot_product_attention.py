@@ -1,4 +1,4 @@
-"""Scaled dot-product attention, and what it computes on each platform and in each pattern.
+"""Scaled dot-product attention, in the form that suits the platform and the pattern.
 
 `attend` computes scores for all pairs of positions. The other forms give the same result without
 computing everything that the pattern masks: `attend_blockwise` processes one block of queries at a
