@@ -123,7 +123,7 @@ def test_the_model_generates_streams_and_rates(model, tmp_path):
     model.tokenize(np.zeros((1, WIDTH, HEIGHT, 3), np.uint8))
 
 
-def test_a_mask_is_drawn_anew_and_the_rest_kept(model):
+def test_a_mask_is_redrawn_and_the_rest_kept(model):
   picture = np.random.default_rng(1).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
   mask = np.zeros((HEIGHT, WIDTH), bool)
   mask[:, -PATCH - 1 :] = True  # It touches the last two columns of tokens.

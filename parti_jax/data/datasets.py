@@ -13,7 +13,7 @@ so a run changes its data by including another file of gin_configs/tasks/. Text 
 pictures. `token_cache_NAME_tokens` is the token cache that gin configures in the scope
 `token_cache_NAME`. gin files import this module to register all gin names of the data.
 
-Features: 'inputs' int32 [text_length], token ids of the caption; 'images' uint8 [size, size, 3];
+Features: 'inputs' int32 [text_length], token ids of the caption; 'images' uint8 [height, width, 3];
 'targets' int32 [image_length], the codes of the image tokens in raster order. `tasks` provides the
 same as seqio tasks.
 """

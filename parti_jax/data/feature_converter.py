@@ -53,7 +53,7 @@ class _Converter(seqio.FeatureConverter):
 
 
 class PictureFeatureConverter(_Converter):
-  """Only pictures, for the image tokenizer: 'images' uint8 [size, size, 3]."""
+  """Only pictures, for the image tokenizer: 'images' uint8 [height, width, 3]."""
 
   TASK_FEATURES = {'images': _IMAGES}
   MODEL_FEATURES = {'images': _IMAGES}

@@ -180,7 +180,7 @@ def _image(
     try:
       image = color_profiles.to_srgb(image, profile or b'', space)
     except color_profiles.UnusableProfile:
-      notes = ['unusable colour profile ignored']
+      notes = ['unusable color profile ignored']
   return _on_white(image), notes
 
 

@@ -105,7 +105,8 @@ def captions(
       out.
 
   Raises:
-    UserError: a language is unknown, or the package `emoji` is missing.
+    UserError: a language is unknown, the package `emoji` is missing, or, with `requests`, the picture
+      can't be rendered.
   """
   check_languages(languages)
   others = [language for language in languages if language != ENGLISH]

@@ -13,7 +13,7 @@ from parti_jax.data.quiet_grain import grain
 _MOST = 2**32
 _ROUNDS = 4
 # Permutations of at most this many are computed as a whole. grain's function permutes 2^16 numbers and
-# goes on until it meets one that is small enough: for each of 8 records, that takes 2 ms.
+# repeats that until one is small enough: for each of 8 records, that takes 2 ms.
 _FEW = 1024
 
 

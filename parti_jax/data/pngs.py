@@ -13,7 +13,7 @@ from PIL import ImageFile
 
 from parti_jax.data.undecodable import UndecodablePicture
 
-_GREY, _COLOR = 0, 2
+_GRAY, _COLOR = 0, 2
 _SIGNATURE = b'\x89PNG\r\n\x1a\n'
 # Chunks that determine how the pixels look; and the color profile, which may be damaged.
 _NEEDED = (b'IHDR', b'PLTE', b'tRNS', b'eXIf', b'IDAT', b'IEND')
@@ -58,7 +58,7 @@ def decode(image: ImageFile.ImageFile, data: bytes) -> Image.Image:
   last = image.crop((0, image.height - 1, *image.size))
   if interlaced or last.getbbox(alpha_only=False) is None:
     _check_pixels(data)
-  if 'transparency' in image.info and data[25] in (_GREY, _COLOR):
+  if 'transparency' in image.info and data[25] in (_GRAY, _COLOR):
     return _with_alpha(image, data)
   return image
 
@@ -70,10 +70,10 @@ def _with_alpha(image: Image.Image, data: bytes) -> Image.Image:
   """
   depth = data[24]
   transparent = np.bitwise_and(image.info['transparency'], 2**depth - 1)
-  if data[25] == _GREY and depth == 16:
+  if data[25] == _GRAY and depth == 16:
     values = np.asarray(image)
     equal, image = values == transparent, gray_of_16_bits(image)
-  elif data[25] == _GREY:
+  elif data[25] == _GRAY:
     equal = np.asarray(image.convert('L')) == transparent * 255 // (2**depth - 1)
   else:
     values = np.asarray(image.convert('RGB'))

@@ -10,7 +10,7 @@ from parti_jax.core import image_sizes
 @pytest.mark.parametrize(
   ('given', 'size'), [(64, 64), ((32, 64), (32, 64)), ([32, 64], (32, 64)), ([64, 64], 64)]
 )
-def test_a_size_is_a_number_or_a_pair_that_is_no_square(given, size):
+def test_a_size_is_a_number_or_a_pair_that_is_not_square(given, size):
   found = checks.typed('image_size', given, image_sizes.ImageSize, 1, 100)
   assert found == size and type(found) is type(size)
   assert image_sizes.of_sides(*image_sizes.sides(found)) == size

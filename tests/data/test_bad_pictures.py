@@ -310,7 +310,7 @@ def test_invalid_metadata_is_ignored(kind, content):
   more = _chunk(b'eXIf', exif.tobytes()[6:]) + _chunk(kind, content)
   image, notes = image_decoding.decode_and_note(_png(8, 8, 8, 0, rows[:-1] + b'\xff', more), 8)
   assert (image[0, 0] == 255).all() and (image[1:] == 7).all()
-  assert notes == (['unusable colour profile ignored'] if kind == b'iCCP' else [])
+  assert notes == (['unusable color profile ignored'] if kind == b'iCCP' else [])
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_the_middle_of_the_shape_of_the_size(shape, size):
 
 
 @pytest.mark.parametrize('turn', [1, 6])
-def test_a_large_jpeg_in_a_size_that_is_no_square(turn):
+def test_a_large_jpeg_in_a_size_that_is_not_square(turn):
   """It is decoded at a fraction of its size, before it is turned and cropped."""
   smooth = np.linspace(0, 255, 320).astype(np.uint8)
   pixels = np.broadcast_to(smooth[:, None, None], (320, 240, 3))

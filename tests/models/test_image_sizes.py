@@ -69,7 +69,7 @@ def test_one_size_has_one_form(given, size):
 @pytest.mark.parametrize(
   'given', [0, -8, (0, 16), (16, -4), (8, 16, 4), (8,), (), '16x8', (8.0, 16), (True, 8), None]
 )
-def test_what_is_no_size(given):
+def test_what_is_not_a_size(given):
   for config in TOKENIZERS.values():
     with pytest.raises(errors.UserError, match='image_size=.* whole number.* height and width$'):
       dataclasses.replace(config, image_size=given)

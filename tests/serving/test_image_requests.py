@@ -200,7 +200,7 @@ def test_a_form_is_read_like_json():
   assert parse_form(vary='0.25').edit.vary == 0.25
 
 
-def test_what_a_mask_marks_is_drawn_anew():
+def test_what_a_mask_marks_is_redrawn():
   marked = np.zeros([64, 64], np.uint8)
   marked[8:16, 16:32] = 255
   kept = np.ones([8, 8], bool)

@@ -343,7 +343,7 @@ def test_in_a_browser_the_history_brings_settings_back(chromium, url):
 
 
 @pytest.mark.browser
-def test_in_a_browser_a_brush_says_what_to_draw_anew(chromium, url, served_model):
+def test_in_a_browser_a_brush_says_what_to_redraw(chromium, url, served_model):
   with browser.page(chromium, url) as found:
     browser.ask(found, 'red apple', 7)
     browser.draw(found)

@@ -44,7 +44,7 @@ class OpenMojiSource(base.Source):
 
   def open(self, split: str, pictures: bool = True) -> base.Records:
     self.check_split(split)
-    if not pictures and split in openmoji.SPLITS:  # Captions need no rendering.
+    if not pictures and split in openmoji.SPLITS:  # Captions need no stored pictures.
       return _Captions(
         [picture for picture in openmoji.pictures() if picture.split == split], self._phrasings
       )

@@ -195,7 +195,7 @@ class Objective(abc.ABC):
     | feature | keys |
     |---|---|
     | 'inputs' | 'encoder_input_tokens' int32 [batch, text_length] |
-    | 'images' | 'images' uint8 [batch, size, size, 3] |
+    | 'images' | 'images' uint8 [batch, height, width, 3] |
     | 'targets' | 'decoder_target_tokens' int32 [batch, image_length] |
     | | 'decoder_loss_weights' float32 [batch, image_length] |
 
