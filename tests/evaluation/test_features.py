@@ -44,7 +44,7 @@ def test_captions_that_the_ranker_cuts_are_counted_with_the_longest_prefix():
   table = distribution.of_pictures(
     extractor, captions, np.arange(4), images, images, images[:, None]
   )
-  assert [line for line in table.remarks if line.startswith('Alignment: 3 captions are longer')]
+  assert [line for line in table.remarks if line.endswith('its text length: 3 captions.')]
 
 
 def test_available_networks_are_used():

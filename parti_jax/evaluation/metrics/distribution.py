@@ -28,6 +28,7 @@ from jaxtyping import Float32
 from jaxtyping import Int
 from jaxtyping import UInt8
 
+from parti_jax.core import texts as texts_lib
 from parti_jax.evaluation.metrics import features as features_lib
 from parti_jax.evaluation.metrics import frechet
 from parti_jax.evaluation.metrics import inception_score
@@ -356,8 +357,8 @@ def _alignment_remarks(captions: int, texts_cut: int) -> list[str]:
     )
   if texts_cut:
     found.append(
-      f'Alignment: {texts_cut:,} captions are longer than the text length of the ranker, which '
-      'compares their beginnings.'
+      'Alignment: the ranker reads only the beginning of captions that are longer than its text length: '
+      f'{texts_lib.counted(texts_cut, "caption")}.'
     )
   return found
 

@@ -137,10 +137,9 @@ class Page:
       show_progress='hidden',
       api_visibility='private',
     )
+    self._connect_editor()
 
-    self._connect_editor(shown)
-
-  def _connect_editor(self, shown: list[Any]) -> None:
+  def _connect_editor(self) -> None:
     """Says what happens when a picture is edited."""
     controls = self._controls
     quiet = {'show_progress': 'hidden', 'api_visibility': 'private'}
