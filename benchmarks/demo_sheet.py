@@ -3,7 +3,7 @@
   python benchmarks/demo_sheet.py --output docs/demo.png
 
 Each is the first picture of seed 0. The model never saw the prompts of the first row, a name and a tone
-together, nor the words of the other rows.
+together, nor the requests of the other rows.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
   python benchmarks/plain_requests.py [--model FOLDER] [--num_images 4]
 
-asks for 60 things that the demo was trained on, in words that no caption of the training has, and for
+asks for 60 things that the demo was trained on, in phrasings that no caption of the training has, and for
 the same things by their bare names; then for 99 others, in the words of somebody who didn't know the
 grammar that the captions come from. It prints how often OpenMoji's judge finds the thing: among all
 real pictures, the nearest one has the name. Needs the `data` extra.

@@ -4,8 +4,8 @@
 them out.
 """
 
-# Request -> name of the picture, of OpenMoji's split `train`. The words around these names are none of
-# `openmoji_requests`.
+# Request -> name of the picture, of OpenMoji's split `train`. `openmoji_requests` could make none of
+# them, although it has some of their words.
 REQUESTS = {
   'a juicy slice of watermelon': 'watermelon',
   'a sharp pair of scissors': 'scissors',
