@@ -346,7 +346,7 @@ def train_loop_flops():
     (['PartiConfig.heads=5'], ['PartiConfig.heads=5', 'width=32']),
     (["PartiConfig.remat='most'"], ["PartiConfig.remat='most'", 'block_inputs']),
     (['PartiConfig.codebook_size=32'], ['PartiConfig.codebook_size=32', '64 ids']),
-    (['PartiConfig.grid=(4, 5)'], ['16 image tokens', 'grid=(4, 5)']),
+    (['PartiConfig.grid=(4, 5)'], ['4×4 image tokens', 'grid=(4, 5)']),
     (['train.step=5'], ["unknown gin name 'train.step'", 'train.steps']),
   ],
 )
