@@ -32,7 +32,7 @@ SRGB_COLORS = (
   (0.38515, 0.71687, 0.09708),
   (0.14307, 0.06061, 0.71410),
 )
-UNUSABLE = 'unusable colour profile ignored'
+UNUSABLE = 'unusable color profile ignored'
 
 
 def _fixed(value):
