@@ -1,5 +1,6 @@
 """The sizes of networks that several files of tests train, on pictures of 8×8."""
 
+from parti_jax.models import coca
 from parti_jax.models import parti_config
 from parti_jax.models import vit_vqgan
 from parti_jax.models import vqgan
@@ -34,6 +35,21 @@ GENERATOR = parti_config.PartiConfig(
   dtype='float32',
 )
 
+RANKER = coca.CoCaConfig(
+  image_size=8,
+  patch_size=4,
+  image_layers=1,
+  unimodal_layers=1,
+  multimodal_layers=1,
+  width=8,
+  mlp_width=16,
+  heads=2,
+  caption_queries=2,
+  feature_dim=4,
+  text_vocabulary=10,
+  text_length=4,
+  dtype='float32',
+)
 VQGAN = vqgan.VQGANConfig(
   image_size=8,
   channels=8,

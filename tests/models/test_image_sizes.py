@@ -12,7 +12,6 @@ import tiny_configs
 
 from parti_jax.core import errors
 from parti_jax.exported_model import model_config
-from parti_jax.models import coca
 from parti_jax.models import discriminator
 from parti_jax.models import flops
 from parti_jax.models import image_tokenizers
@@ -90,21 +89,7 @@ def test_patches_of_a_tall_picture_keep_their_places():
 
 
 def test_the_ranker_embeds_wide_pictures():
-  config = coca.CoCaConfig(
-    image_size=(8, 16),
-    patch_size=4,
-    image_layers=1,
-    unimodal_layers=1,
-    multimodal_layers=1,
-    width=8,
-    mlp_width=16,
-    heads=2,
-    caption_queries=2,
-    feature_dim=4,
-    text_vocabulary=10,
-    text_length=3,
-    dtype='float32',
-  )
+  config = dataclasses.replace(tiny_configs.RANKER, image_size=(8, 16), text_length=3)
   assert config.patches == 8
   module, inputs = rankers.module(config), rankers.example_inputs(config)
   assert inputs[0].shape == (1, 8, 16, 3)

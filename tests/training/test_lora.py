@@ -22,7 +22,6 @@ from parti_jax.core.errors import UserError
 from parti_jax.data import vocabulary
 from parti_jax.exported_model import adapters as adapters_lib
 from parti_jax.exported_model import model_folder
-from parti_jax.models import coca
 from parti_jax.models import discriminator
 from parti_jax.models import generators
 from parti_jax.models import image_tokenizers
@@ -492,21 +491,7 @@ def _images(step):
   return draw.integers(0, 256, (8, 8, 8, 3)).astype(np.uint8)
 
 
-RANKER = coca.CoCaConfig(
-  image_size=8,
-  patch_size=4,
-  image_layers=1,
-  unimodal_layers=1,
-  multimodal_layers=1,
-  width=8,
-  mlp_width=16,
-  heads=2,
-  text_vocabulary=16,
-  text_length=4,
-  caption_queries=2,
-  feature_dim=4,
-  dtype='float32',
-)
+RANKER = dataclasses.replace(tiny_configs.RANKER, text_vocabulary=16)
 
 
 @pytest.mark.parametrize(

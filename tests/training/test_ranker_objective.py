@@ -18,21 +18,7 @@ from parti_jax.training import train_loop
 from parti_jax.training.objectives import frozen_tokenizer
 from parti_jax.training.objectives import ranker_objective
 
-SIZES = coca.CoCaConfig(
-  image_size=8,
-  patch_size=4,
-  image_layers=1,
-  unimodal_layers=1,
-  multimodal_layers=1,
-  width=8,
-  mlp_width=16,
-  heads=2,
-  caption_queries=2,
-  feature_dim=4,
-  text_vocabulary=10,
-  text_length=4,
-  dtype='float32',
-)
+SIZES = tiny_configs.RANKER
 TOKENIZER = tiny_configs.TOKENIZER
 
 

@@ -11,7 +11,6 @@ import pytest
 import tiny_configs
 
 from parti_jax.core.errors import UserError
-from parti_jax.models import coca
 from parti_jax.models import discriminator
 from parti_jax.models import super_resolution
 from parti_jax.models.nn import layers
@@ -26,21 +25,7 @@ JUDGE = discriminator.DiscriminatorConfig(channels=16)
 NETWORK = super_resolution.SuperResolutionConfig(
   factor=2, blocks=1, width=4, expansion=2, dtype='float32'
 )
-RANKER = coca.CoCaConfig(
-  image_size=WIDE,
-  patch_size=4,
-  image_layers=1,
-  unimodal_layers=1,
-  multimodal_layers=1,
-  width=8,
-  mlp_width=16,
-  heads=2,
-  caption_queries=2,
-  feature_dim=4,
-  text_vocabulary=10,
-  text_length=4,
-  dtype='float32',
-)
+RANKER = dataclasses.replace(tiny_configs.RANKER, image_size=WIDE)
 
 
 @pytest.fixture(autouse=True)
