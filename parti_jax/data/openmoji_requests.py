@@ -29,7 +29,13 @@ from parti_jax.data import openmoji_colors
 
 T = TypeVar('T')
 
-OPENINGS = tuple(
+
+def _entries(text: str) -> tuple[str, ...]:
+  """Splits a list that is written with '|' between its entries, on lines indented by two."""
+  return tuple(text.replace('\n  ', '').split('|'))
+
+
+OPENINGS = _entries(
   """a picture of|an image of|a drawing of|a sketch of|a painting of|an illustration of|a sticker of
   |a pictogram of|a symbol of|an icon of|a cartoon of|a poster of|a logo of|a graphic of|a doodle of
   |a simple picture of|a nice drawing of|a small image of|a quick sketch of|an emoji of
@@ -37,17 +43,15 @@ OPENINGS = tuple(
   |paint|please paint|paint me|sketch|make|please make|make me|create|generate|design|show|show me
   |please show me|let me see|i want|i want to see|i would like|i'd like|i need|we need|give me
   |imagine|think of|here is|this is|that is|look at|there is|i found|i like|i love|i bought|we saw
-  |he has|she has|they have|we have|my friend has|my favorite thing is|it is""".replace(
-    '\n  ', ''
-  ).split('|')
+  |he has|she has|they have|we have|my friend has|my favorite thing is|it is"""
 )
-OWNERS = tuple(
+OWNERS = _entries(
   """my|your|our|his|her|their|my sister's|my brother's|my friend's|my mother's|my father's|my uncle's
   |my aunt's|my neighbor's|our neighbor's|the boss's|anna's|tom's|maria's|ahmed's|mei's
   |somebody's|everyone's|nobody's|the owner's|a stranger's|a tourist's|the visitor's|a customer's
-  |the collector's""".replace('\n  ', '').split('|')
+  |the collector's"""
 )
-QUALITIES = tuple(
+QUALITIES = _entries(
   """small|little|tiny|mini|miniature|big|large|huge|giant|enormous|tall|short|long|wide|narrow|thin
   |thick|heavy|round|simple|plain|basic|classic|modern|old-fashioned|antique|vintage|ancient|used|worn
   |dusty|dirty|clean|polished|smooth|rough|soft|pretty|beautiful|lovely|cute|nice|fancy|elegant
@@ -57,21 +61,21 @@ QUALITIES = tuple(
   |wonderful|amazing|fantastic|interesting|boring|mysterious|forgotten|lost|hidden|real
   |realistic|imaginary|fictional|detailed|minimalist|abstract|decorative|handmade|homemade|custom
   |original|official|genuine|fake|proper|whole|single|solitary|lonely|quiet|peaceful
-  |comical|silly|neat|tidy|sturdy|delicate|tender""".replace('\n  ', '').split('|')
+  |comical|silly|neat|tidy|sturdy|delicate|tender"""
 )
-MATERIALS = tuple(
+MATERIALS = _entries(
   """cardboard|plastic|rubber|ceramic|porcelain|marble|granite|concrete|copper|bronze|steel|iron|tin
   |aluminum|leather|cotton|woolen|velvet|silk|linen|felt|knitted|embroidered|carved|painted|printed
-  |inflatable|wax|clay|plaster|cork|oak|straw|enamel|chrome""".replace('\n  ', '').split('|')
+  |inflatable|wax|clay|plaster|cork|oak|straw|enamel|chrome"""
 )
 # Feelings; not for names that have an expression, such as faces.
-MOODS = tuple(
+MOODS = _entries(
   """cheerful|joyful|proud|brave|shy|calm|gentle|curious|clever|lazy|busy|nervous|grumpy|gloomy
   |serious|patient|polite|excited|bored|content|hopeful|jolly|merry|moody|thoughtful
-  |dreamy|confident|humble|noble""".replace('\n  ', '').split('|')
+  |dreamy|confident|humble|noble"""
 )
 # Words that other names have, too. "Crying" alone doesn't make a face.
-TRAITS = tuple(
+TRAITS = _entries(
   """smiling|laughing|grinning|winking|crying|worried|confused|surprised|disappointed|tired|weary
   |frowning|pouting|kissing|screaming|anxious|sad|annoyed|astonished|relieved|dizzy|evil|wild-eyed
   |flying|running|walking|dancing|swimming|rolling|jumping|sleeping|shaking|bouncing|floating|sliding
@@ -89,10 +93,10 @@ TRAITS = tuple(
   |horizontal|spiral|winged|horned|one-eyed|magic|haunted|enchanted|cursed|lucky|zany
   |holy|secret|stolen|rescued|trained|talking|invisible|transparent|shadowy|bright-eyed|thirsty|greedy|sneaky|furious|mad|stubborn|loving|smelly|noisy|silent|rapid|swift|quick|steady
   |electronic|acoustic|portable|disposable|recycled|rusty|muddy|sandy|foggy|cloudy
-  |snowy|sunny|stormy|icy|fiery|smoky|starry|moonlit""".replace('\n  ', '').split('|')
+  |snowy|sunny|stormy|icy|fiery|smoky|starry|moonlit"""
 )
 # Nouns of other names, as in "birthday spoon".
-MODIFIERS = tuple(
+MODIFIERS = _entries(
   """birthday|party|circus|carnival|festival|graduation|movie|theater|opera|jazz|rock|dance|music
   |video|tv|radio|newspaper|school|college|office|bank|hospital|hotel|airport|station|railway|police
   |army|navy|sports|tennis|football|hockey|golf|basketball|boxing|ski|surf|beach|sea|ocean|river
@@ -103,18 +107,16 @@ MODIFIERS = tuple(
   |pig|sheep|chicken|duck|fish|bird|bee|monkey|bear|wolf|fox|mouse|rabbit|cheese|chocolate|honey|milk
   |tea|coffee|fruit|vegetable|salad|soup|bread|cake|candy|rice|pasta|picnic|dinner|travel|safety
   |emergency|science|chemistry|art|craft|sewing|toy|doll|puzzle|paper|glass|stone|metal|gemstone
-  |diamond|pearl|crystal|love|peace|power|energy|speed|alarm""".replace('\n  ', '').split('|')
+  |diamond|pearl|crystal|love|peace|power|energy|speed|alarm"""
 )
 # As in "a bowl of spoon": people also ask so for one thing.
-MEASURES = tuple(
+MEASURES = _entries(
   """row of|group of|pair of|set of|crop of|handful of|basket of|bowl of|plate of|pile of|jar of
   |stack of|collection of|lot of|kind of|sort of|model of|statue of|version of|example of|type of
-  |portion of|specimen of|silhouette of|photo of|postcard of|tattoo of|print of""".replace(
-    '\n  ', ''
-  ).split('|')
+  |portion of|specimen of|silhouette of|photo of|postcard of|tattoo of|print of"""
 )
 # Names of other pictures, and nouns that are parts of them.
-OTHERS = tuple(
+OTHERS = _entries(
   """dog|cat|horse|cow|pig|goat|chicken|duck|fish|bird|mouse|rabbit|frog|bear|wolf|fox|monkey|snake
   |dragon|dinosaur|whale|bee|ant|farmer|cook|teacher|doctor|nurse|student|pilot|artist|singer|judge
   |detective|scientist|police officer|firefighter|astronaut|mechanic|dancer|clown|cowboy|ninja
@@ -127,28 +129,24 @@ OTHERS = tuple(
   |shirt|dress|coat|scarf|glove|ribbon|heart|diamond|coin|money|gem|sword|bomb|magnet|ball|kite|drum
   |piano|bell|cake|cookie|bread|cheese|egg|meat|rice|soup|salad|pizza|tea|coffee|milk|honey|salt
   |cherry|grapes|peach|lemon|tomato|mushroom|chestnut|chocolate|candy|ice cream|smile|tear|tongue
-  |tooth|nose|ear|hand|foot|beard|mustache|eye|face|tail|wings|horns""".replace('\n  ', '').split(
-    '|'
-  )
+  |tooth|nose|ear|hand|foot|beard|mustache|eye|face|tail|wings|horns"""
 )
 # What joins one of them to the thing that a request is for.
-_JOINED = tuple(
+_JOINED = _entries(
   """with a {}|with the {}|without a {}|for a {}|for the {}|from the {}|of the {}|of a {}|in the {}
   |in a {}|on the {}|on a {}|at the {}|by the {}|like a {}|near a {}|made for a {}|made from a {}
   |that likes the {}|that belongs to the {}|that the {} forgot|that the {} found|and not a {}
-  |instead of a {}|not the {}""".replace('\n  ', '').split('|')
+  |instead of a {}|not the {}"""
 )
 # A thing that is described before it is named, as in "the star of the show, a spoon".
-APPOSITIONS = tuple(
+APPOSITIONS = _entries(
   """the star of the show,|the queen of the forest,|the ruler of the sea,|the friend of the farmer,
   |the enemy of the mouse,|the master of the house,|the pride of the village,|the hero of the story,
   |the symbol of love,|the terror of the night,|the lord of the mountains,|the love of my life,
   |a gift from the sea,|a gift from the stars,|a surprise:|my birthday wish:|the prize:|the winner:
   |the answer:|for the baby:|for the cat:|for the cook:|for dinner:|for the circus:|from the bakery:
   |from the toy shop:|straight from the farm:|new at the zoo:|not a dog but|not a cat but|not a car but
-  |not the sun but|rather than a flower,|instead of a cake,|forget the fish,|no faces, only""".replace(
-    '\n  ', ''
-  ).split('|')
+  |not the sun but|rather than a flower,|instead of a cake,|forget the fish,|no faces, only"""
 )
 _PLACES = {
   'on': """the table|a table|the kitchen table|a shelf|the shelf|the counter|the floor|the ground
@@ -178,11 +176,9 @@ _PLACES = {
   |a story|a legend|a documentary|an album|last summer""",
 }
 PLACES = tuple(
-  f'{preposition} {place}'
-  for preposition, places in _PLACES.items()
-  for place in places.replace('\n  ', '').split('|')
+  f'{preposition} {place}' for preposition, places in _PLACES.items() for place in _entries(places)
 )
-TIMES = tuple(
+TIMES = _entries(
   """in the morning|in the early morning|in the afternoon|in the evening|late in the evening|at dawn
   |at dusk|at midday|after midnight|after dinner|after work|before breakfast
   |before lunch|during the day|during the week|during the holidays|all day|every day|all year
@@ -192,9 +188,9 @@ TIMES = tuple(
   |on a bright day|on a dull day|on a windy day|on a warm day|on a chilly day|on a lazy afternoon
   |in bright weather|in bad weather|in the eighties|in the nineties|in the last century
   |in ancient times|in the middle ages|long ago|yesterday|today|tomorrow|last week|last year
-  |next week|some day|once upon a time|as we speak""".replace('\n  ', '').split('|')
+  |next week|some day|once upon a time|as we speak"""
 )
-PURPOSES = tuple(
+PURPOSES = _entries(
   """for me|for you|for us|for my friend|for my mother|for my father|for my sister|for my brother
   |for my neighbor|for the kids|for the children|for the team|for everyone|for a party
   |for a lesson|for a presentation|for a project|for homework|for a website|for an app
@@ -204,9 +200,9 @@ PURPOSES = tuple(
   |for the weekend|for the summer|for a journey|as a present to myself|as a sticker
   |as an icon|as a logo|as a pictogram|as a decoration|as an example|as a reminder|as a joke
   |as usual|to go with my text|to hang up|to print|to color in|to share|to explain something
-  |to decorate my room""".replace('\n  ', '').split('|')
+  |to decorate my room"""
 )
-CLAUSES = tuple(
+CLAUSES = _entries(
   """that i saw yesterday|that i saw last week|that i like|that i remember|that i miss|that we found
   |that we bought|that nobody wants|that everyone knows|that everyone likes|that my friend likes
   |that looks nice|that looks real|that looks old|that looks funny|that looks great|that looks odd
@@ -217,9 +213,7 @@ CLAUSES = tuple(
   |seen from the front|seen from afar|shown alone
   |in a simple style|in a comic style|in a flat style|in clear lines|with thick lines|with thin lines
   |with clear outlines|with few details|with lots of detail|without anything else|without any text
-  |all by itself|all alone|in full view|and nothing else|and that is all""".replace(
-    '\n  ', ''
-  ).split('|')
+  |all by itself|all alone|in full view|and nothing else|and that is all"""
 )
 CLOSINGS = ('please', 'thanks', 'thank you', 'if you can', 'nothing else', 'in good quality')
 
