@@ -47,7 +47,11 @@ def main():
   judge = openmoji_judge.Judge(openmoji.pictures(), model.image_size)
   print('| | in plain words, % right | by their names, % right |')
   print('|---|---|---|')
-  lists = (held_out_requests.REQUESTS, held_out_requests.MORE_REQUESTS)
+  lists = (
+    held_out_requests.REQUESTS,
+    held_out_requests.MORE_REQUESTS,
+    held_out_requests.LATER_REQUESTS,
+  )
   for requests, row in zip(lists, ('60 things', '99 others'), strict=True):
     bare = [(name, name) for name in requests.values()]
     measured = [measure(model, judge, asked, args.num_images) for asked in (requests.items(), bare)]

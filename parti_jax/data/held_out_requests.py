@@ -4,6 +4,10 @@
 them out.
 """
 
+import functools
+import re
+from collections.abc import Mapping
+
 # Request -> name of the picture, of OpenMoji's split `train`. `openmoji_requests` could make none of
 # them, although it has some of their words.
 REQUESTS = {
@@ -171,4 +175,123 @@ MORE_REQUESTS = {
   'a magnet that picks up nails': 'magnet',
   'a skateboard with four small wheels': 'skateboard',
 }
-ALL = {**REQUESTS, **MORE_REQUESTS}
+# The same once more, by somebody who knew neither the grammar nor the other requests.
+LATER_REQUESTS = {
+  'a grumpy hippopotamus': 'hippopotamus',
+  'could you draw me an old abacus, the kind merchants used?': 'abacus',
+  'the accordion my uncle plays at every village party': 'accordion',
+  'an alarm clock that rings far too early': 'alarm clock',
+  'a tiny ant working hard': 'ant',
+  'a dusty auto rickshaw waiting for passengers in mumbai': 'auto rickshaw',
+  'baby bottle for a newborn': 'baby bottle',
+  'a fluffy baby chick, please': 'baby chick',
+  'fresh baguette bread from a paris bakery': 'baguette bread',
+  'one shiny balloon floating away': 'balloon',
+  'i would love a picture of a bluegrass banjo': 'banjo',
+  'a basketball with worn-out grip': 'basketball',
+  'can i get an antique bathtub with clawed feet?': 'bathtub',
+  'a sleepy bear just out of hibernation': 'bear',
+  'a comfy bed i could sink into after work': 'bed',
+  'shiny beetle': 'beetle',
+  'a crisp bell pepper from the farmers market': 'bell pepper',
+  'a neat bento box for my lunch': 'bento box',
+  'huge shaggy bison standing on the prairie': 'bison',
+  'a wild boar snorting in the woods': 'boar',
+  'the bouquet i should bring home for our anniversary': 'bouquet',
+  'my favorite bubble tea with extra tapioca pearls': 'bubble tea',
+  'a stubborn camel crossing the sahara': 'camel',
+  'please make a flickering candle for a quiet evening': 'candle',
+  'a swiss cheese wedge with lots of holes': 'cheese wedge',
+  'a curious chipmunk with stuffed cheeks': 'chipmunk',
+  'wooden chopsticks': 'chopsticks',
+  'a nasty cockroach scuttling across the kitchen floor': 'cockroach',
+  'may i have a hairy coconut from a tropical island?': 'coconut',
+  'a homemade chocolate chip cookie': 'cookie',
+  "the gentle cow on our neighbor's dairy farm": 'cow',
+  'a mysterious crystal ball for a fortune teller': 'crystal ball',
+  "a frosted cupcake for my daughter's birthday": 'cupcake',
+  'an extinct dodo looking confused': 'dodo',
+  'a peaceful dove gliding through the air': 'dove',
+  'fierce mythical dragon': 'dragon',
+  'an elegant evening dress that my sister could wear to the opera': 'dress',
+  'a steamed dumpling like grandma used to make': 'dumpling',
+  'a sweet ear of corn straight from the field': 'ear of corn',
+  'an outdated fax machine that nobody in the office uses anymore': 'fax machine',
+  'what does a giant ferris wheel at the county fair look like?': 'ferris wheel',
+  'the ferry that takes commuters over to the island': 'ferry',
+  'a brave firefighter ready for duty': 'firefighter',
+  'a flashlight for finding things during a power cut': 'flashlight',
+  'an ornate fountain in the middle of a roman piazza': 'fountain',
+  'crispy french fries, lightly salted, from the diner down the road': 'french fries',
+  'a bulb of garlic': 'garlic',
+  'knobbly ginger root': 'ginger root',
+  'an angry goose chasing tourists in the park': 'goose',
+  'a pet hamster': 'hamster',
+  'would you please show me a concert harp for the orchestra?': 'harp',
+  'a sturdy hiking boot made for rough alpine trails': 'hiking boot',
+  'busy little honeybee': 'honeybee',
+  'hello, could you please draw the proud horse that my cousin rides on weekends?': 'horse',
+  'a fancy hotel where my parents stayed on their honeymoon in venice once': 'hotel',
+  'a stinging jellyfish drifting in the deep': 'jellyfish',
+  'fuzzy kiwi fruit': 'kiwi fruit',
+  'a sour lime to squeeze over tacos': 'lime',
+  'glamorous lipstick for a night out': 'lipstick',
+  'a small lizard basking in the heat': 'lizard',
+  'a sticky lollipop a toddler would beg for': 'lollipop',
+  'i need a juicy ripe melon for my summer picnic': 'melon',
+  'a merman from the bottom of the sea': 'merman',
+  'a cheeky monkey': 'monkey',
+  'an enormous moose with broad antlers somewhere in canada': 'moose',
+  'a mosquito that keeps me awake all night': 'mosquito',
+  'a formal silk necktie for my job interview': 'necktie',
+  'raw onion, the strong kind': 'onion',
+  'a plump oyster served at a seaside restaurant': 'oyster',
+  'a parachute gently opening high above the ground': 'parachute',
+  'a ripe peach from georgia': 'peach',
+  'can you draw a homemade pie cooling after thanksgiving baking?': 'pie',
+  'muddy little pig': 'pig',
+  'a lonely polar bear up in the far north': 'polar bear',
+  'a pampered poodle fresh from the groomer': 'poodle',
+  'a salty bavarian pretzel, please': 'pretzel',
+  'the clever raccoon that visits our backyard every night': 'raccoon',
+  'a terrifying roller coaster at an amusement park': 'roller coaster',
+  'a toasted ham sandwich for my lunch break': 'sandwich',
+  'a warm knitted scarf for chilly winter mornings': 'scarf',
+  'a chubby seal lying on the beach': 'seal',
+  'is it possible to get a stinky skunk with its tail up?': 'skunk',
+  'a daring snowboarder racing down the slope': 'snowboarder',
+  'a delicate snowflake': 'snowflake',
+  'sticky spider web in the attic corner': 'spider web',
+  'the huge stadium where our home team plays': 'stadium',
+  'the stethoscope our doctor uses to listen to your breathing': 'stethoscope',
+  'a breathtaking sunset at the end of a long summer day': 'sunset',
+  'tangy tangerine, freshly picked': 'tangerine',
+  'a majestic tiger prowling through the jungle in bengal': 'tiger',
+  'a fresh toothbrush for a traveler who forgot his own': 'toothbrush',
+  "a magician's tall top hat": 'top hat',
+  'a monstrous tornado tearing across kansas': 'tornado',
+  'a rattling old tram like the ones that climb the steep streets of lisbon': 'tram',
+  'brass trombone': 'trombone',
+  'the fat turkey strutting and gobbling around our barnyard': 'turkey',
+  'a volleyball for playing at the beach with my friends': 'volleyball',
+  'kindly draw a tired water buffalo plodding through the mud': 'water buffalo',
+  'a wriggly worm after the rain': 'worm',
+  'the wooden yo-yo i had as a kid': 'yo-yo',
+}
+ALL = {**REQUESTS, **MORE_REQUESTS, **LATER_REQUESTS}
+
+
+@functools.cache
+def _cores() -> Mapping[str, tuple[str, ...]]:
+  """Maps names to what is asked for, without the first article: 'hungry shark'."""
+  found: dict[str, tuple[str, ...]] = {}
+  for text, name in ALL.items():
+    core = re.sub(r'^(?:an?|the) ', '', text)
+    if core != name:
+      found[name] = (*found.get(name, ()), core)
+  return found
+
+
+def is_in(text: str, name: str) -> bool:
+  """Returns whether one of the requests for a name is a part of a caption of it."""
+  return any(core in text.casefold() for core in _cores().get(name, ()))

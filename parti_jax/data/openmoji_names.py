@@ -101,8 +101,8 @@ def captions(
     languages: codes of languages, such as 'en' or 'de'. The usual caption comes first if English is
       among them. In the other languages there is one caption each. A picture without a name in any
       of them has its usual caption.
-    requests: share of the phrasings that are plain requests. Those of `held_out_requests` are left
-      out.
+    requests: share of the phrasings that are plain requests. Captions that contain one of
+      `held_out_requests` are left out.
 
   Raises:
     UserError: a language is unknown, the package `emoji` is missing, or, with `requests`, the picture
@@ -122,7 +122,7 @@ def captions(
       text = _request(picture, rng)
     else:
       text = _phrase(picture, rng)
-    if text is not None and not (requests and text.casefold() in held_out_requests.ALL):
+    if text is not None and not (requests and held_out_requests.is_in(text, picture.name)):
       found[text] = None
   return list(found)[:count] or [picture.caption]
 

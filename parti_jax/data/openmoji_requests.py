@@ -7,7 +7,10 @@ state no number above one, no place next to another thing, and no color but that
 
 A share of the words distracts: they occur in the names of other pictures ("a smiling spoon", "a
 birthday spoon"), or are such names ("the cook's spoon", "a spoon for the cat"). The request still asks
-for the noun that these words describe. The other lists contain no name of a picture.
+for the noun that these words describe. The lists of `phrases` contain no name of a picture.
+
+So that a model also ignores words that it has never read, the longest lists have thousands of words
+(the folder request_words), and some words are invented ("a drovish spoon from Malquen").
 
 This module doesn't import TensorFlow.
 """
@@ -15,7 +18,9 @@ This module doesn't import TensorFlow.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+import pathlib
 import re
 from collections.abc import Callable
 from collections.abc import Collection
@@ -35,6 +40,12 @@ def _entries(text: str) -> tuple[str, ...]:
   return tuple(text.replace('\n  ', '').split('|'))
 
 
+def _listed(name: str) -> tuple[str, ...]:
+  """Reads a list of the folder request_words, which has one entry on each line."""
+  path = pathlib.Path(__file__).with_name('request_words') / f'{name}.txt'
+  return tuple(path.read_text(encoding='utf-8').splitlines())
+
+
 OPENINGS = _entries(
   """a picture of|an image of|a drawing of|a sketch of|a painting of|an illustration of|a sticker of
   |a pictogram of|a symbol of|an icon of|a cartoon of|a poster of|a logo of|a graphic of|a doodle of
@@ -44,7 +55,7 @@ OPENINGS = _entries(
   |please show me|let me see|i want|i want to see|i would like|i'd like|i need|we need|give me
   |imagine|think of|here is|this is|that is|look at|there is|i found|i like|i love|i bought|we saw
   |he has|she has|they have|we have|my friend has|my favorite thing is|it is"""
-)
+) + _listed('openings')
 OWNERS = _entries(
   """my|your|our|his|her|their|my sister's|my brother's|my friend's|my mother's|my father's|my uncle's
   |my aunt's|my neighbor's|our neighbor's|the boss's|anna's|tom's|maria's|ahmed's|mei's
@@ -225,16 +236,96 @@ def _with_a(text: str, noun: str) -> str:
   return text.format(noun)
 
 
-COMPANY = tuple(_with_a(joined, other) for joined in _JOINED for other in OTHERS)
-# Whose thing it is, as `OWNERS`, but with names.
-NAMED_OWNERS = tuple(
-  _with_a(owner, other) for owner in ("a {}'s", "the {}'s", "my {}'s") for other in OTHERS
+_OWNED = "a {}'s", "the {}'s", "my {}'s"
+# As 'in norway' and "anna's"; they take no article.
+_JOINED_NAMES = 'from {}', 'in {}', 'for {}', 'of {}', 'by {}', 'near {}', 'like in {}', 'with {}'
+# Words that anything may be described with, and nouns and names of all kinds.
+ADJECTIVES = _listed('adjectives')
+NOUNS = _listed('nouns')
+PROPER_NAMES = _listed('proper_names')
+# What may follow a name: "waiting for the bus".
+ENDINGS = _listed('endings')
+_STATES_EXPRESSION = re.compile(
+  r'\b(?:smil|laugh|grin|wink|cry|cries|tear|weep|frown|pout|yawn|blush|shout|scream|kiss|sleep|asleep|'
+  r'nap|snor|dream|angry|angrily|anger|rage|sad|happy|happi|joy|fear|afraid|scared|surpris|shock|'
+  r'worr|confus|sick|tired|mouth|tongue|eye|face|nose|love)'
 )
 
-# A third of the words before a name are general.
-_BEFORE = (QUALITIES, QUALITIES, MATERIALS, MOODS, TRAITS, TRAITS)
-_OF_EXPRESSIVE = (QUALITIES,)
-_AFTER = (PLACES, TIMES, PURPOSES, CLAUSES, COMPANY)
+_ONSETS = _entries(
+  'b|bl|br|c|ch|cl|cr|d|dr|f|fl|fr|g|gl|gr|h|j|k|kl|kr|l|m|n|p|ph|pl|pr|qu|r|s|sh|sk|sl|sn|sp|st|str'
+  '|sw|t|th|tr|v|w|y|z'
+)
+_VOWELS = _entries('a|e|i|o|u|ai|ea|ee|oo|ou')
+_CODAS = _entries('||||b|ck|d|g|l|ll|m|n|nd|ng|nk|p|r|rd|rn|s|sh|st|t|x')
+_SUFFIXES = _entries('y|y|ed|ing|ish|ful|ous|al|ic|some|ly|less|en')
+
+# Where words come from: a list of entries, or a function that makes one.
+_Source = Sequence[str] | Callable[[np.random.Generator], str]
+
+
+def _pick(choices: Sequence[T], rng: np.random.Generator) -> T:
+  return choices[int(rng.random() * len(choices))]
+
+
+def _draw(sources: Sequence[_Source], rng: np.random.Generator) -> str:
+  source = _pick(sources, rng)
+  return source(rng) if callable(source) else _pick(source, rng)
+
+
+def _invented_name(rng: np.random.Generator) -> str:
+  """Returns a word of two or three syllables that means nothing."""
+  syllables = 2 + int(rng.random() * 2)
+  return ''.join(
+    _pick(_ONSETS, rng)
+    + _pick(_VOWELS, rng)
+    + (_pick(_CODAS, rng) if last or rng.random() < 0.3 else '')
+    for last in [False] * (syllables - 1) + [True]
+  )
+
+
+def _invented_adjective(rng: np.random.Generator) -> str:
+  """Returns a word that means nothing, with the suffix of an adjective."""
+  stem = _pick(_ONSETS, rng) + _pick(_VOWELS, rng) + _pick(_CODAS, rng)
+  if rng.random() < 0.5:
+    stem += _pick(_ONSETS, rng) + _pick(_VOWELS[:5], rng) + _pick(_CODAS[4:], rng)
+  return stem + _pick(_SUFFIXES, rng)
+
+
+_NOUNS: tuple[_Source, ...] = (OTHERS, OTHERS, OTHERS, NOUNS, _invented_name)
+_NAMES: tuple[_Source, ...] = (PROPER_NAMES, PROPER_NAMES, _invented_name)
+
+
+def _company(rng: np.random.Generator) -> str:
+  """Returns another thing, and what joins it to the thing that the request is for."""
+  if rng.random() < 0.25:
+    return _pick(_JOINED_NAMES, rng).format(_draw(_NAMES, rng))
+  return _with_a(_pick(_JOINED, rng), _draw(_NOUNS, rng))
+
+
+def _owner(rng: np.random.Generator) -> str:
+  """Returns whose thing it is, as 'my'."""
+  draw = rng.random()
+  if draw < 0.4:
+    return _pick(OWNERS, rng)
+  if draw < 0.55:
+    return f"{_draw(_NAMES, rng)}'s"
+  return _with_a(_pick(_OWNED, rng), _draw(_NOUNS, rng))
+
+
+_BEFORE: tuple[_Source, ...] = (
+  *(QUALITIES, MATERIALS, MOODS, TRAITS, TRAITS, TRAITS),
+  *(ADJECTIVES, ADJECTIVES, ADJECTIVES, _invented_adjective),
+)
+_OF_EXPRESSIVE: tuple[_Source, ...] = (QUALITIES, QUALITIES, _invented_adjective)
+_MODIFIERS: tuple[_Source, ...] = (MODIFIERS, MODIFIERS, MODIFIERS, NOUNS, NOUNS, _invented_name)
+_AFTER: tuple[_Source, ...] = (
+  *(PLACES, TIMES, PURPOSES, CLAUSES, ENDINGS, ENDINGS, _company, _company, _company),
+)
+# Without the endings that state another expression.
+_AFTER_EXPRESSIVE: tuple[_Source, ...] = (
+  *(PLACES, TIMES, PURPOSES, CLAUSES, _company, _company),
+  tuple(ending for ending in ENDINGS if not _STATES_EXPRESSION.search(ending)),
+)
 _WORD = re.compile(r"[a-z0-9']+")
 _HAS_EXPRESSION = re.compile(
   r'\b(?:face|faces|cat|monkey|person|people|man|men|woman|women|boy|girl|baby|child|kiss|couple|'
@@ -242,8 +333,10 @@ _HAS_EXPRESSION = re.compile(
 )
 # The most words of a name, at which windows of words end.
 _LONGEST_NAME = 6
-# A longer request would be cut where the model's text ends. A name may be as long as it is.
+# A longer request would be cut where the model's text ends, and rare words take several of its tokens.
+# A name may be as long as it is.
 _MOST_WORDS = 14
+_MOST_LETTERS = 70
 _FEW_WORDS = 5
 
 
@@ -289,7 +382,7 @@ def request(
     before = ' '.join(filter(None, [before, described])) if described.endswith(',') else described
   qualities = _qualities(core, rng) if core.takes_words else []
   article = _article(core, qualities, rng)
-  after = [_pick(choices, rng) for choices in _lists_after(rng)]
+  after = _words_after(core, rng)
   if rng.random() < 0.1:
     after.append(_pick(CLOSINGS, rng))
   if not (before or qualities or after):
@@ -300,11 +393,10 @@ def request(
   head = ' '.join(filter(None, [before, article, *qualities]))
   if _contains_name(words(head), words(core.text), words(' '.join(after)), is_name):
     return None
-  return ' '.join(filter(None, [head, core.text, *after]))
-
-
-def _pick(choices: Sequence[T], rng: np.random.Generator) -> T:
-  return choices[int(rng.random() * len(choices))]
+  text = ' '.join(filter(None, [head, core.text, *after]))
+  if around > _FEW_WORDS and len(text) > _MOST_LETTERS:
+    return None
+  return text
 
 
 def _qualities(core: Core, rng: np.random.Generator) -> list[str]:
@@ -313,11 +405,11 @@ def _qualities(core: Core, rng: np.random.Generator) -> list[str]:
   count = 0 if draw < 0.3 else 1 if draw < 0.8 else 2
   expressive = _HAS_EXPRESSION.search(core.text)
   kinds = _OF_EXPRESSIVE if expressive else _BEFORE
-  found = [_pick(_pick(kinds, rng), rng) for _ in range(count)]
+  found = [_draw(kinds, rng) for _ in range(count)]
   if core.color and rng.random() < 0.25:
     found.append(core.color)
   if not expressive and (draw := rng.random()) < 0.2:
-    found.append(_pick(MODIFIERS if draw < 0.14 else MEASURES, rng))
+    found.append(_draw(_MODIFIERS, rng) if draw < 0.14 else _pick(MEASURES, rng))
   return list(dict.fromkeys(found))
 
 
@@ -327,7 +419,7 @@ def _article(core: Core, qualities: list[str], rng: np.random.Generator) -> str:
     return core.article
   draw = rng.random()
   if draw < 0.15:
-    return _pick(OWNERS if rng.random() < 0.5 else NAMED_OWNERS, rng)
+    return _owner(rng)
   if not core.article or draw < 0.3:  # As in "spoon on the table" and "tiny spoon".
     return ''
   if not qualities or core.article == 'the':
@@ -335,12 +427,13 @@ def _article(core: Core, qualities: list[str], rng: np.random.Generator) -> str:
   return 'an' if qualities[0][0] in 'aeiou' and qualities[0] not in ('used', 'european') else 'a'
 
 
-def _lists_after(rng: np.random.Generator) -> list[Sequence[str]]:
-  """Draws the lists that the words after a name come from: none, one or two."""
+def _words_after(core: Core, rng: np.random.Generator) -> list[str]:
+  """Draws the words after a name: none, or those of one or two sources."""
   draw = rng.random()
   count = 0 if draw < 0.2 else 1 if draw < 0.7 else 2
-  found = {int(rng.random() * len(_AFTER)) for _ in range(count)}
-  return [_AFTER[index] for index in sorted(found)]
+  sources = _AFTER_EXPRESSIVE if _HAS_EXPRESSION.search(core.text) else _AFTER
+  found = {int(rng.random() * len(sources)) for _ in range(count)}
+  return [_draw([sources[index]], rng) for index in sorted(found)]
 
 
 def _contains_name(
@@ -368,7 +461,7 @@ def phrases() -> Iterator[str]:
 
 
 def could_make(text: str, core: str) -> bool:
-  """Returns whether the grammar could make a text about `core`, for any seed.
+  """Returns whether the grammar could make a text about `core`, for any seed, of words in its lists.
 
   Args:
     text: the text, in lower case.
@@ -378,15 +471,23 @@ def could_make(text: str, core: str) -> bool:
   return _are_from(before.split(), _heads()) and _are_from(after.split(), _tails())
 
 
+@functools.cache
 def _heads() -> frozenset[tuple[str, ...]]:
   articles = 'a', 'an', 'the'
-  owners = *OWNERS, *NAMED_OWNERS
+  nouns = OTHERS + NOUNS
+  owners = (
+    *OWNERS,
+    *(_with_a(owner, noun) for owner in _OWNED for noun in nouns),
+    *(f"{name}'s" for name in PROPER_NAMES),
+  )
   described = (
     *QUALITIES,
     *MATERIALS,
     *MOODS,
     *TRAITS,
+    *ADJECTIVES,
     *MODIFIERS,
+    *NOUNS,
     *MEASURES,
     *openmoji_colors.COLORS,
   )
@@ -394,8 +495,14 @@ def _heads() -> frozenset[tuple[str, ...]]:
   return frozenset(tuple(entry.split()) for entry in singles)
 
 
+@functools.cache
 def _tails() -> frozenset[tuple[str, ...]]:
-  return frozenset(tuple(entry.split()) for entry in itertools.chain(CLOSINGS, *_AFTER))
+  entries = (
+    *(CLOSINGS + PLACES + TIMES + PURPOSES + CLAUSES + ENDINGS),
+    *(_with_a(joined, noun) for joined in _JOINED for noun in OTHERS + NOUNS),
+    *(joined.format(name) for joined in _JOINED_NAMES for name in PROPER_NAMES),
+  )
+  return frozenset(tuple(entry.split()) for entry in entries)
 
 
 def _are_from(found: Sequence[str], entries: Collection[tuple[str, ...]]) -> bool:
