@@ -3,8 +3,8 @@
   python benchmarks/plain_requests.py [--model FOLDER] [--num_images 4]
 
 asks for 60 things that the demo was trained on, in phrasings that no caption of the training has, and for
-the same things by their bare names; then for 99 others, in the words of somebody who didn't know the
-grammar that the captions come from. It prints how often OpenMoji's judge finds the thing: among all
+the same things by their bare names; then for two lists of others, in the words of people who didn't know
+the grammar that the captions come from. It prints how often OpenMoji's judge finds the thing: among all
 real pictures, the nearest one has the name. Needs the `data` extra.
 """
 
@@ -52,7 +52,7 @@ def main():
     held_out_requests.MORE_REQUESTS,
     held_out_requests.LATER_REQUESTS,
   )
-  for requests, row in zip(lists, ('60 things', '99 others'), strict=True):
+  for requests, row in zip(lists, ('60 things', '99 others', '100 others'), strict=True):
     bare = [(name, name) for name in requests.values()]
     measured = [measure(model, judge, asked, args.num_images) for asked in (requests.items(), bare)]
     cells = ' | '.join(f'{100 * mean:.1f} ± {100 * error:.1f}' for mean, error in measured)

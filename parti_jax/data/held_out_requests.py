@@ -1,15 +1,14 @@
 """Plain requests that no caption has, to measure whether a model understands what it was not taught.
 
-`benchmarks/plain_requests.py` asks for them. Captions with plain requests (`openmoji_names`) leave
-them out.
+`benchmarks/plain_requests.py` asks for them. Captions with plain requests (`openmoji_names`) leave out
+whatever contains one of them.
 """
 
 import functools
 import re
 from collections.abc import Mapping
 
-# Request -> name of the picture, of OpenMoji's split `train`. `openmoji_requests` could make none of
-# them, although it has some of their words.
+# Request -> name of the picture, of OpenMoji's split `train`.
 REQUESTS = {
   'a juicy slice of watermelon': 'watermelon',
   'a sharp pair of scissors': 'scissors',
@@ -73,7 +72,7 @@ REQUESTS = {
   'a soccer ball on the grass': 'soccer ball',
 }
 
-# The same, written by somebody who didn't know `openmoji_requests`; a few of them it could make.
+# The same, written by somebody who didn't know `openmoji_requests`.
 MORE_REQUESTS = {
   'a hungry goat': 'goat',
   'a badger coming out of its burrow at night': 'badger',
