@@ -81,7 +81,7 @@ class ContinuousSampler:
       model, self.batch_size, self.tokens_per_call, self.settings.guided
     )
     self._changed = threading.Condition()
-    self._waiting: collections.deque[running_batch.Request] = collections.deque()
+    self._waiting: collections.deque[running_batch.PictureRequest] = collections.deque()
     self._closed = False
     self._thread = threading.Thread(target=self._work, name='parti_jax sampling', daemon=True)
     self._thread.start()
@@ -137,7 +137,7 @@ class ContinuousSampler:
       )
     text = self._model.encode_prompts([prompt])
     other = None if negative is None else self._model.encode_negative(negative, settings)
-    request = running_batch.Request(
+    request = running_batch.PictureRequest(
       prompt,
       text[0],
       other,
@@ -234,7 +234,7 @@ class ContinuousSampler:
   def _step(self) -> None:
     self._batch.step(self._next_requests, self.waiting)
 
-  def _next_requests(self, count: int) -> list[running_batch.Request]:
+  def _next_requests(self, count: int) -> list[running_batch.PictureRequest]:
     """Returns the `count` pictures that have waited longest, or fewer; they then wait no more."""
     with self._changed:
       asked = list(self._waiting)

@@ -47,7 +47,7 @@ class Preview:
 
 
 @dataclasses.dataclass(eq=False)
-class Request:
+class PictureRequest:
   """A picture to sample; the fields are arguments of `ContinuousSampler.submit`, as checked.
 
   Previews follow once the numbers of tokens in `preview_at` are there.
@@ -90,7 +90,7 @@ class Request:
 class _Previewed:
   """Requests with previews, and the rows and pixels, which devices may still compute."""
 
-  requests: list[Request]
+  requests: list[PictureRequest]
   rows: list[int]
   images: jax.Array
 
@@ -99,7 +99,7 @@ class _Previewed:
 class _Drawn:
   """Requests whose tokens are complete, and their tokens and pixels, which devices may still compute."""
 
-  requests: list[Request]
+  requests: list[PictureRequest]
   arrays: tuple[jax.Array, jax.Array]
 
 
@@ -134,7 +134,7 @@ class RunningBatch:
     self._sizes = _sizes(size, self._place.divisible(1))
     self._slots: slots_lib.Slots | None = None
     self._requests = slots_lib.Requests.empty(size, self._config.image_length)
-    self._running: list[Request | None] = [None] * size
+    self._running: list[PictureRequest | None] = [None] * size
     self._drawn: list[_Drawn] = []
     self._previewed: list[_Previewed] = []
     self._reached: Any = None
@@ -149,7 +149,7 @@ class RunningBatch:
     """Whether `step` has something to do even if no picture joins."""
     return bool(self.count or self._drawn or self._previewed)
 
-  def step(self, next_requests: Callable[[int], Sequence[Request]], waiting: int) -> None:
+  def step(self, next_requests: Callable[[int], Sequence[PictureRequest]], waiting: int) -> None:
     """Lets pictures leave and join, and advances all slots by one call.
 
     Args:
@@ -184,7 +184,7 @@ class RunningBatch:
       self._taken() + [request for drawn in self._drawn for request in drawn.requests], error
     )
 
-  def _admit(self, next_requests: Callable[[int], Sequence[Request]], waiting: int) -> None:
+  def _admit(self, next_requests: Callable[[int], Sequence[PictureRequest]], waiting: int) -> None:
     """Gives free slots to waiting pictures."""
     free = [slot for slot, request in enumerate(self._running) if request is None]
     admitted = list(next_requests(0 if self._holds_back(waiting) else len(free)))
@@ -210,7 +210,7 @@ class RunningBatch:
     lost = free * (length - furthest) / (self.size * length)
     return waiting >= free + ahead.count(furthest) and lost <= _MOST_HELD_BACK
 
-  def _join(self, requests: list[Request], into: list[int], size: int) -> None:
+  def _join(self, requests: list[PictureRequest], into: list[int], size: int) -> None:
     """Encodes the texts of pictures, as a batch of `size`, and writes them into their slots."""
     texts = np.zeros([size, self._config.text_length], np.int32)
     others = np.full_like(texts, -1)
@@ -348,7 +348,7 @@ class RunningBatch:
 
   def _result(
     self,
-    request: Request,
+    request: PictureRequest,
     image: UInt8[np.ndarray, 'height width 3'],
     tokens: Int32[np.ndarray, 'image_length'],
   ) -> results_lib.Result:
@@ -365,10 +365,10 @@ class RunningBatch:
       negative=request.negative,
     )
 
-  def _taken(self) -> list[Request]:
+  def _taken(self) -> list[PictureRequest]:
     return [request for request in self._running if request is not None]
 
-  def _fail(self, requests: Sequence[Request], error: BaseException) -> None:
+  def _fail(self, requests: Sequence[PictureRequest], error: BaseException) -> None:
     """Hands an error to those who asked for pictures, and frees their slots."""
     failed = set(requests)
     self._running = [None if request in failed else request for request in self._running]
