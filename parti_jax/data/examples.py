@@ -87,7 +87,8 @@ def empty_text(
 def drop_rate(rate: float = 0.1) -> float:
   """Returns the share of training examples whose text is dropped for classifier-free guidance.
 
-  The paper drops 10% (section 3).
+  The paper drops 10% (section 3). `Preparation` drops the texts; under t5x it is
+  `preprocessors.drop_text`.
 
   Args:
     rate: from 0 to 1.
