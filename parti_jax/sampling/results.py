@@ -46,8 +46,9 @@ class Result:
     edit: the picture that was edited, and how; None if none was.
     kept: which image tokens are those of the edited picture; None without `edit`.
     best_of: number of candidates of each picture.
-    likelihoods: of the edited picture's tokens after the first one that was drawn, the log-likelihood
-      in nats, by which the best candidate was chosen; None if there was one candidate.
+    likelihoods: the sum of the log-likelihoods, in nats, of the kept tokens after the first one that
+      was drawn, by which the best candidate was chosen; None if there was one candidate. Unlike
+      `TextToImage.likelihood`, it is no mean and leaves out the tokens that were drawn.
     negative: the text on guidance's other side; None for the empty text.
     prompt_weights: whether the prompts have weights, as `prompt_weights.parsed` reads them.
   """

@@ -349,7 +349,9 @@ class TextToImage:
     batch_size: int | None = None,
     prompt_weights: bool = False,
   ) -> Float32[np.ndarray, 'prompts images']:
-    """Returns how likely the model finds pictures for prompts.
+    """Returns the mean log-likelihood of a token of each picture for each prompt.
+
+    It is a mean over all tokens of a picture; `Result.likelihoods` is a sum over some of them.
 
     Args:
       prompts: a text, or several.
@@ -360,8 +362,8 @@ class TextToImage:
       prompt_weights: an argument of `generate`.
 
     Returns:
-      The mean log-likelihood of the image tokens of each picture, in nats per token: log p(token |
-      prompt, earlier tokens), without guidance, temperature and filters.
+      The mean over a picture's image tokens of log p(token | prompt, earlier tokens), in nats per
+      token, without guidance, temperature and filters.
 
     Raises:
       UserError: if a prompt is blank, a picture can't be read, or a value is invalid.
