@@ -67,8 +67,19 @@ def _log_probabilities(logits):
   return logits - log_normalizer, log_normalizer[..., 0]
 
 
+class _Focal(generator_objective.GeneratorObjective):
+  """Adds a term, as a subclass outside of the package may."""
+
+  def token_losses(self, logits, batch, regularized):
+    found = super().token_losses(logits, batch, regularized)
+    if regularized:
+      found['focal_loss'] = -jnp.exp(-found['cross_entropy']) * found['cross_entropy']
+    return found
+
+
 def test_terms_of_the_loss_are_those_of_numpy():
-  objective = dataclasses.replace(OBJECTIVE, depth_loss_weights=(1, 3))
+  plain = generator_objective.GeneratorObjective(SIZES, depth_loss_weights=(1, 3))
+  objective = _Focal(SIZES, z_loss_weight=0.01, label_smoothing=0.1, depth_loss_weights=(1, 3))
   params = nn.meta.unbox(jax.jit(objective.init)(jax.random.key(0)))
   # Logits with a mean and a normalizer far from those of random parameters.
   logits_kernel = params['image_decoder']['logits']['kernel']
@@ -89,18 +100,18 @@ def test_terms_of_the_loss_are_those_of_numpy():
     cross_entropy = mean(-np.sum(targets * log_p, axis=-1))
     smoothed = mean(-np.sum((0.9 * targets + 0.1 / 24) * log_p, axis=-1))
     z_loss = 0.01 * mean(log_normalizer**2)
-    terms.append([cross_entropy, smoothed - cross_entropy, z_loss])
+    log_p = np.sum(targets * log_p, axis=-1)
+    terms.append([cross_entropy, smoothed - cross_entropy, z_loss, mean(np.exp(log_p) * log_p)])
   assert np.abs(np.diff(terms, axis=0)).min() > 1e-4  # The layers differ.
   loss, aux = jax.jit(objective.loss)(params, batch, None, 0)
   wanted = 0.25 * np.array(terms[0]) + 0.75 * np.array(terms[1])
-  names = ('cross_entropy', 'smoothing_loss', 'z_loss')
+  names = ('cross_entropy', 'smoothing_loss', 'z_loss', 'focal_loss')
   found = [aux['metrics'][name] for name in names]
   np.testing.assert_allclose(found, wanted, rtol=2e-4)
   np.testing.assert_allclose(loss, wanted.sum(), rtol=1e-5)
   np.testing.assert_allclose(aux['metrics']['last_layer_loss'], terms[1][0], rtol=1e-5)
 
   # The evaluation has none of it.
-  plain = dataclasses.replace(objective, z_loss_weight=0.0, label_smoothing=0.0)
   jax.tree.map(
     np.testing.assert_array_equal,
     jax.jit(objective.evaluate)(params, batch),
@@ -131,7 +142,7 @@ def test_the_terms_gather_no_logits_that_are_split_over_devices():
   targets = _batch(0)['decoder_target_tokens']
 
   def terms(logits):
-    found = OBJECTIVE._of_logits(logits, {'decoder_target_tokens': jnp.asarray(targets)}, True)
+    found = OBJECTIVE.token_losses(logits, {'decoder_target_tokens': jnp.asarray(targets)}, True)
     return sum(jnp.sum(found[name]) for name in ('cross_entropy', 'z_loss', 'smoothing_loss'))
 
   program = jax.jit(jax.value_and_grad(terms), in_shardings=split, out_shardings=(None, split))

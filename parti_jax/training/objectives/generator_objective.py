@@ -278,6 +278,7 @@ class GeneratorObjective(base.Objective):
       loss: the loss.
       aux: a dict with 'metrics'. With a z-loss or label smoothing, the loss is the sum of the metrics
         'cross_entropy', 'z_loss' and 'smoothing_loss'; a term that is off has no metric.
+        `token_losses` computes the terms.
     """
     del step
     found = self._predictions(params, batch, dropout_keys, regularized=True)
@@ -298,6 +299,37 @@ class GeneratorObjective(base.Objective):
     if len(terms) > 1:
       metrics |= terms
     return functools.reduce(jnp.add, terms.values()), {'metrics': metrics}
+
+  def token_losses(
+    self, logits: Float[Array, 'batch tokens codebook'], batch: base.Batch, regularized: bool
+  ) -> dict[str, Float[Array, 'batch tokens']]:
+    """Computes the terms of the loss at each token; a subclass with another loss overrides it.
+
+    `loss` averages each term over tokens with 'decoder_loss_weights' and over layers with
+    `depth_loss_weights`, sums the terms, and reports them as metrics if there are several. A subclass
+    that adds its terms to those of `super()` keeps all settings of this class.
+
+    Args:
+      logits: the logits of one layer, which may be split over devices along the codebook.
+      batch: the batch.
+      regularized: True for `loss`; False for `evaluate`, which reads 'cross_entropy' and 'hits' alone.
+
+    Returns:
+      The term 'cross_entropy'; 'hits', 1 for a correct prediction, which is no term; and, if
+      `regularized`, the terms 'z_loss' and 'smoothing_loss' that are on.
+    """
+    losses, hits = layers.cross_entropy(logits, batch['decoder_target_tokens'])
+    found = {'cross_entropy': losses, 'hits': hits}
+    if not regularized or not (self.z_loss_weight or self.label_smoothing):
+      return found
+    # Sums over the codebook only, which need not gather the logits of all devices.
+    log_normalizer = jax.nn.logsumexp(logits, axis=-1)
+    if self.z_loss_weight:
+      found['z_loss'] = self.z_loss_weight * jnp.square(log_normalizer)
+    if self.label_smoothing:
+      of_even_targets = log_normalizer - jnp.mean(logits, axis=-1)
+      found['smoothing_loss'] = self.label_smoothing * (of_even_targets - losses)
+    return found
 
   def weight(self, batch: base.Batch) -> Float[Array, '']:
     """Returns the sum of the weights of a batch's tokens."""
@@ -374,43 +406,20 @@ class GeneratorObjective(base.Objective):
     dropout_keys: layers.DropoutKeys | None,
     regularized: bool,
   ) -> dict[str, Float[Array, 'layers batch tokens']]:
-    """Returns the results of `_of_logits` for the layers with a weight."""
+    """Returns the results of `token_losses` for the layers with a weight."""
     model = generators.module(self.model)
     apply: Callable[..., Any] = functools.partial(model.apply, {'params': params})
     features = batch['text_features'] if self.text_features else None
     inputs = batch['encoder_input_tokens'], batch['decoder_target_tokens'], dropout_keys, features
     if self.depth_loss_weights is None:
-      found = self._of_logits(apply(*inputs), batch, regularized)
+      found = self.token_losses(apply(*inputs), batch, regularized)
       return {name: values[None] for name, values in found.items()}
 
     def of_layer(
       outputs: Float[Array, 'batch tokens embed'],
     ) -> dict[str, Float[Array, 'batch tokens']]:
-      return self._of_logits(apply(outputs, method='logits_from'), batch, regularized)
+      return self.token_losses(apply(outputs, method='logits_from'), batch, regularized)
 
     # One layer after another: the logits of all layers would not fit in memory.
     outputs = apply(*inputs, method='all_layer_outputs')[np.array(self._predicting())]
     return jax.lax.map(layer_stack.remat(of_layer, self.model.remat), outputs)
-
-  def _of_logits(
-    self, logits: Float[Array, 'batch tokens codebook'], batch: base.Batch, regularized: bool
-  ) -> dict[str, Float[Array, 'batch tokens']]:
-    """Returns the terms of the loss at each token, and 'hits': 1 for a correct prediction.
-
-    Args:
-      logits: the logits, which may be split over devices along the codebook.
-      batch: the batch.
-      regularized: whether to include the terms 'z_loss' and 'smoothing_loss' that are on.
-    """
-    losses, hits = layers.cross_entropy(logits, batch['decoder_target_tokens'])
-    found = {'cross_entropy': losses, 'hits': hits}
-    if not regularized or not (self.z_loss_weight or self.label_smoothing):
-      return found
-    # Sums over the codebook only, which need not gather the logits of all devices.
-    log_normalizer = jax.nn.logsumexp(logits, axis=-1)
-    if self.z_loss_weight:
-      found['z_loss'] = self.z_loss_weight * jnp.square(log_normalizer)
-    if self.label_smoothing:
-      of_even_targets = log_normalizer - jnp.mean(logits, axis=-1)
-      found['smoothing_loss'] = self.label_smoothing * (of_even_targets - losses)
-    return found
