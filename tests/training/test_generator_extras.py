@@ -243,3 +243,13 @@ def test_a_checkpoint_goes_on_bit_for_bit_and_exports_the_average(tmp_path, caps
 def test_values_that_can_not_be_are_named(changes, words):
   with pytest.raises(UserError, match=words):
     dataclasses.replace(OBJECTIVE, **changes)
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [{'ema': 1.0}, {'frozen': ('x',)}, {'depth_loss_weights': (1,)}, {'text_features': 'x'}],
+)
+def test_errors_name_the_subclass(changes):
+  (field,) = changes
+  with pytest.raises(UserError, match=rf'^_Focal\.{field}\b'):
+    _Focal(SIZES, **changes)

@@ -87,7 +87,7 @@ class Objective(abc.ABC):
 
   @property
   def gin_name(self) -> str:
-    """The name in gin of the class that has the attribute `tokenizer`, for messages."""
+    """The name in gin of the class that has the settings, for messages."""
     return type(self).__name__
 
   @property

@@ -41,10 +41,6 @@ from parti_jax.training.objectives import frozen_text_encoder
 from parti_jax.training.objectives import initial_text_encoder
 
 PARTS = ('text_encoder', 'image_decoder')
-_OTHER_ENCODER = (
-  'set GeneratorObjective.text_encoder to the folder that was given to `parti-jax tokenize '
-  f'--text_encoder`, tokenize with that of this run, or {text_features_lib.WITHOUT}'
-)
 
 
 @config_checks.configurable
@@ -103,11 +99,10 @@ class GeneratorObjective(base.Objective):
     )
     for field in ('label_smoothing', 'ema'):
       if not 0 <= (value := getattr(self, field)) < 1:
-        raise errors.UserError(f'GeneratorObjective.{field}={value} must be at least 0 and below 1')
+        raise errors.UserError(f'{self.gin_name}.{field}={value} must be at least 0 and below 1')
     if unknown := set(self.frozen) - set(PARTS):
       raise errors.UserError(
-        f'GeneratorObjective.frozen: unknown parts {sorted(unknown)}; choose from '
-        f'{", ".join(PARTS)}'
+        f'{self.gin_name}.frozen: unknown parts {sorted(unknown)}; choose from {", ".join(PARTS)}'
       )
     if self.text_features is not None:
       self._check_fit_for_text_features()
@@ -116,7 +111,7 @@ class GeneratorObjective(base.Objective):
       return
     if len(weights) != self.model.decoder_layers or min(weights) < 0 or weights[-1] <= 0:
       raise errors.UserError(
-        f'GeneratorObjective.depth_loss_weights={weights!r} must be {self.model.decoder_layers} '
+        f'{self.gin_name}.depth_loss_weights={weights!r} must be {self.model.decoder_layers} '
         f'numbers, one for each of {type(self.model).__name__}.decoder_layers, not negative and the '
         'last above 0'
       )
@@ -126,20 +121,20 @@ class GeneratorObjective(base.Objective):
     model: Any = self.model
     if isinstance(model, type) and model in generators.CONFIGS.values():
       raise errors.UserError(
-        f'GeneratorObjective.model={checks.shown(model)} must be a config; in gin, write '
+        f'{self.gin_name}.model={checks.shown(model)} must be a config; in gin, write '
         f'@{model.__name__}()'
       )
     try:
       generators.of(model)
     except errors.UserError as error:
-      raise errors.UserError(f'GeneratorObjective.model: {error}') from error
+      raise errors.UserError(f'{self.gin_name}.model: {error}') from error
 
   def _check_fit_for_text_features(self) -> None:
     """Raises UserError unless text features can stand for the text encoder."""
     encoder = self.model.text_encoder
     if self.text_features not in text_features_lib.DTYPES:
       raise errors.UserError(
-        f'GeneratorObjective.text_features={self.text_features!r} is not one of '
+        f'{self.gin_name}.text_features={self.text_features!r} is not one of '
         f'{", ".join(text_features_lib.DTYPES)}'
       )
     why = None
@@ -147,7 +142,7 @@ class GeneratorObjective(base.Objective):
       name = type(self.model).__name__
       why = f'but the text encoder of {name} is its own; set {name}.text_encoder'
     elif 'text_encoder' not in self.frozen:
-      why = f"but GeneratorObjective.frozen={self.frozen!r} trains it; add 'text_encoder' to it"
+      why = f"but {self.gin_name}.frozen={self.frozen!r} trains it; add 'text_encoder' to it"
     elif dropout := getattr(encoder, 'dropout', 0):
       why = f'without dropout, but its dropout is {dropout}; set imported_text_encoder.dropout=0'
     if why:
@@ -160,22 +155,29 @@ class GeneratorObjective(base.Objective):
     if found is None:
       if self.text_features is not None:
         raise errors.UserError(
-          f'GeneratorObjective.text_features={self.text_features!r}, but the examples have no text '
+          f'{self.gin_name}.text_features={self.text_features!r}, but the examples have no text '
           'features; write them with `parti-jax tokenize --text_encoder`, or set it to None'
         )
       return self
     if self.text_features not in (None, found.dtype):
       raise errors.UserError(
-        f'GeneratorObjective.text_features={self.text_features!r}, but those of {found.name} are '
+        f'{self.gin_name}.text_features={self.text_features!r}, but those of {found.name} are '
         f'{found.dtype}; set it to None'
       )
     objective = dataclasses.replace(self, text_features=found.dtype)
     if found.width != self.model.text_width:
       raise errors.UserError(
         f'{found.name} has {found.width} text features of a token, but the text encoder of '
-        f'{type(self.model).__name__} has {self.model.text_width}; {_OTHER_ENCODER}'
+        f'{type(self.model).__name__} has {self.model.text_width}; {self._other_encoder()}'
       )
     return objective
+
+  def _other_encoder(self) -> str:
+    """Returns what to do when text features are of another text encoder."""
+    return (
+      f'set {self.gin_name}.text_encoder to the folder that was given to `parti-jax tokenize '
+      f'--text_encoder`, tokenize with that of this run, or {text_features_lib.WITHOUT}'
+    )
 
   def check_text_features(self, params: base.Params, found: text_features_lib.TextFeatures) -> None:
     own = params['text_encoder']
@@ -185,7 +187,7 @@ class GeneratorObjective(base.Objective):
     if ours != found.encoder:
       raise errors.UserError(
         f'{found.name} has text features of the text encoder {found.encoder}, but that of the run '
-        f'is {ours}; {_OTHER_ENCODER}'
+        f'is {ours}; {self._other_encoder()}'
       )
 
   def feature_lengths(self) -> dict[str, Any]:
@@ -221,14 +223,14 @@ class GeneratorObjective(base.Objective):
     return generators.module(self.model).init(rng, *generators.example_inputs(self.model))['params']
 
   def sources(self) -> dict[str, fingerprints.Fingerprint]:
-    return initial_text_encoder.sources(self.text_encoder, 'GeneratorObjective.text_encoder')
+    return initial_text_encoder.sources(self.text_encoder, f'{self.gin_name}.text_encoder')
 
   def initial_parts(
     self, abstract_params: base.Params, inputs: inputs_lib.Inputs
   ) -> dict[str, Any]:
     """Reads the text encoder of the run `text_encoder`, if it is set."""
     return initial_text_encoder.parts(
-      self.text_encoder, self.model, abstract_params, inputs, 'GeneratorObjective.text_encoder'
+      self.text_encoder, self.model, abstract_params, inputs, f'{self.gin_name}.text_encoder'
     )
 
   def other_optimizers(self) -> dict[str, optax.GradientTransformation]:
@@ -363,7 +365,7 @@ class GeneratorObjective(base.Objective):
     if self.tokenizer is None:
       return None
     config = self.frozen_tokenizer.config
-    model_folder.check_sizes(self.model, config, f'GeneratorObjective.tokenizer={self.tokenizer!r}')
+    model_folder.check_sizes(self.model, config, f'{self.gin_name}.tokenizer={self.tokenizer!r}')
     settings = sampling_settings.SamplingSettings(guidance_scale=self.guidance_scale)
     sampling = decoding.Sampling.of(settings, self.model.image_length)
 
