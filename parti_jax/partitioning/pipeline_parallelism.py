@@ -12,10 +12,12 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from collections.abc import Iterator
 from typing import Any
+from typing import NamedTuple
 
 import gin
 import jax
@@ -76,6 +78,22 @@ def use(settings: Settings) -> Iterator[None]:
     _settings.reset(token)
 
 
+class Work(NamedTuple):
+  """What a stage computes at a tick; each field is an int or bool, or an array.
+
+  Attributes:
+    busy: whether the stage computes anything. If not, the other fields have no meaning.
+    group: the group of its microbatch.
+    place: index of the microbatch in the group.
+    visit: how often the microbatch has been to this stage before.
+  """
+
+  busy: Any
+  group: Any
+  place: Any
+  visit: Any
+
+
 @dataclasses.dataclass(frozen=True)
 class Schedule:
   """The schedule of a pipeline: what each stage computes at each tick.
@@ -97,6 +115,11 @@ class Schedule:
     return self.groups * self.stages
 
   @property
+  def period(self) -> int:
+    """Number of ticks from the start of a group to the start of the next one."""
+    return self.stages * self.visits
+
+  @property
   def ticks(self) -> int:
     """Number of loop iterations; in each, a stage computes one visit or waits."""
     return self.microbatches * self.visits + self.stages - 1
@@ -106,21 +129,17 @@ class Schedule:
     """Fraction of the ticks in which a stage is idle."""
     return (self.stages - 1) / self.ticks
 
-  def work(self, stage: Any, tick: Any) -> tuple[Any, Any, Any, Any]:
+  def work(self, stage: Any, tick: Any) -> Work:
     """Returns what a stage computes at a tick.
 
     Args:
       stage: index of the stage, an int or an int32 array.
       tick: the tick, an int or an int32 array.
-
-    Returns:
-      Whether the stage computes anything, the group of its microbatch, the index of the microbatch
-      in the group, and the number of the visit.
     """
     since = tick - stage
     busy = (since >= 0) & (since < self.microbatches * self.visits)
-    group, rest = since // (self.stages * self.visits), since % (self.stages * self.visits)
-    return busy, group, rest % self.stages, rest // self.stages
+    group, rest = since // self.period, since % self.period
+    return Work(busy, group, rest % self.stages, rest // self.stages)
 
 
 @contextlib.contextmanager
@@ -209,6 +228,48 @@ def run(
   return out.reshape(x.shape)
 
 
+class _Microbatch(NamedTuple):
+  """A microbatch on one stage: the input of its next layer, and its side inputs."""
+
+  x: Float[Array, 'microbatch length embed']
+  side: PyTree[Shaped[Array, 'microbatch ...']]
+
+
+class _Carry(NamedTuple):
+  """What a stage carries from tick to tick.
+
+  Attributes:
+    ring: what is in this stage's slot of the ring.
+    state: what this stage computes next.
+    results: outputs of the microbatches whose slot is on this stage.
+  """
+
+  ring: _Microbatch
+  state: _Microbatch
+  results: Float[Array, 'microbatch groups length embed']
+
+
+# The ticks of two groups, a and b, on two stages with two visits. a0 and a1 are the inputs of the
+# group's microbatches, A0 and A1 their outputs, and '.' is what nobody uses. Stage 0 has the units
+# of layers 0 and 2, stage 1 the units 1 and 3.
+#
+#   tick  group  phase  ring at start    ring after the   stage 0    stage 1
+#                       of the group     exchange         computes   computes
+#   0     0      0      a0  a1           a1  .            a0 in 0    .
+#   1     0      1                       .   .            a1 in 0    a0 in 1
+#   2     0      2                       .   .            a0 in 2    a1 in 1
+#   3     0      3                       .   .            a1 in 2    a0 in 3
+#   4     1      0      b0  b1           b1  A0           b0 in 0    a1 in 3
+#   5     1      1                       A0  A1           b1 in 0    b0 in 1
+#   6     1      2                       A0  A1           b0 in 2    b1 in 1
+#   7     1      3                       A0  A1           b1 in 2    b0 in 3
+#   8     2      0      .   .            .   B0           .          b1 in 3
+#   end                                  B0  B1
+#
+# The outputs of a come into the ring while b starts, and leave it when the group after b starts, at
+# tick 8. So when a group starts, the ring holds the outputs of the group two before it. B1 leaves
+# the last stage at the last tick. It comes into the ring by one more exchange after the loop, which
+# needs no tick of its own because nothing is left to compute.
 def _stage(
   layer: Callable[..., Array],
   remat: Callable[[Callable], Callable],
@@ -220,37 +281,14 @@ def _stage(
 ) -> Float[Array, '1 microbatch groups length embed']:
   """Computes one stage; the arrays are its shards.
 
-  `ring` holds one microbatch on each stage. While a group starts, stage 0 takes the microbatch
-  out of its slot of the ring and replaces it with one of the previous group, which has just left
-  the last stage; then the ring moves on by one slot. After as many ticks as there are stages,
-  each microbatch has visited stage 0 once and has returned, finished, to its original slot.
-
-  `ring` and `state` are pairs of x [microbatch, length, embed] and side inputs [microbatch, ...]:
-  `state` is what this stage computes next. `out` collects results, [microbatch, groups, length,
-  embed].
+  The ring has a slot for one microbatch on each stage. When a group starts, it is filled with the
+  group's inputs. At the group's first ticks, as many as there are stages, stage 0 takes one of them
+  and leaves in its place an output of the previous group (`_exchange`). Then each output is in the
+  slot that its input came from. The table above shows it.
   """
   stage = stages[0]
   x, side = jax.tree.map(lambda array: array[0], (inputs, side_inputs))
   units = circular_order(stacked, stage, plan)  # [visits, layers_per_visit, ...]
-  onward = [(slot, (slot + 1) % plan.stages) for slot in range(plan.stages)]
-  back = [(end, start) for start, end in onward]
-  period = plan.stages * plan.visits
-
-  def microbatch(group):
-    """Returns this stage's microbatch of a group, a pair like `ring`."""
-    take = lambda array: jax.lax.dynamic_index_in_dim(array, group, 1, keepdims=False)
-    return jax.tree.map(take, (x, side))
-
-  def move(tree, way):
-    """Sends arrays to other stages, given pairs of senders and receivers."""
-    return jax.tree.map(lambda array: jax.lax.ppermute(array, 'stage', way), tree)
-
-  def exchange(ring, state):
-    """Swaps, on stage 0, the ring's microbatch for the one that has left the last stage."""
-    (ring_x, ring_side), (state_x, state_side) = ring, state
-    first = lambda a, b: jnp.where(stage == 0, a, b)
-    taken = first(ring_x, state_x), jax.tree.map(first, ring_side, state_side)
-    return move((first(state_x, ring_x), ring_side), back), taken
 
   @remat
   def visit(units, number, state_x, state_side):
@@ -264,29 +302,98 @@ def _stage(
     return state_x
 
   def tick(carry, time):
-    ring, state, out = carry
-    group, phase = time // period, time % period
+    ring, state, results = carry
+    group, phase = time // plan.period, time % plan.period
+    start = functools.partial(_start_group, plan, x, side, group)
+    ring, results = jax.lax.cond(phase == 0, start, _unchanged, ring, results)
+    exchange = functools.partial(_exchange, plan, stage)
+    ring, state = jax.lax.cond(phase < plan.stages, exchange, _unchanged, ring, state)
+    state = state._replace(x=visit(units, plan.work(stage, time).visit, state.x, state.side))
+    return _Carry(ring, _to_next_stage(plan, state), results), None
 
-    def next_group(ring, out):
-      """Stores the finished group of the ring, and fills the ring with the coming group."""
-      done = jax.lax.dynamic_update_index_in_dim(out, ring[0], jnp.maximum(group - 2, 0), 1)
-      coming = microbatch(jnp.minimum(group, plan.groups - 1))
-      return coming, jnp.where(group >= 2, done, out)
-
-    ring, out = jax.lax.cond(phase == 0, next_group, lambda *same: same, ring, out)
-    ring, state = jax.lax.cond(phase < plan.stages, exchange, lambda *same: same, ring, state)
-    number = plan.work(stage, time)[3]
-    state = visit(units, number, *state), state[1]
-    return (ring, move(state, onward), out), None
-
-  empty = jax.tree.map(jnp.zeros_like, microbatch(0))
+  empty = jax.tree.map(jnp.zeros_like, _microbatch(x, side, 0))
   with rules_lib.one_stage():
-    (ring, state, out), _ = jax.lax.scan(
-      tick, (empty, empty, jnp.zeros_like(x)), jnp.arange(plan.ticks)
-    )
-  # The last group's last microbatch leaves the ring one tick after the last layer.
-  ring, _ = exchange(ring, state)
-  return out.at[:, -1].set(ring[0])[None]
+    carry, _ = jax.lax.scan(tick, _Carry(empty, empty, jnp.zeros_like(x)), jnp.arange(plan.ticks))
+  # The last microbatch of the last group has left the last stage, but isn't yet in the ring.
+  ring, _ = _exchange(plan, stage, carry.ring, carry.state)
+  return carry.results.at[:, -1].set(ring.x)[None]
+
+
+def _microbatch(
+  x: Float[Array, 'microbatch groups length embed'],
+  side: PyTree[Shaped[Array, 'microbatch groups ...']],
+  group: Int[Array, ''] | int,
+) -> _Microbatch:
+  """Returns this stage's microbatch of a group."""
+  take = lambda array: jax.lax.dynamic_index_in_dim(array, group, 1, keepdims=False)
+  return _Microbatch(*jax.tree.map(take, (x, side)))
+
+
+def _start_group(
+  plan: Schedule,
+  x: Float[Array, 'microbatch groups length embed'],
+  side: PyTree[Shaped[Array, 'microbatch groups ...']],
+  group: Int[Array, ''],
+  ring: _Microbatch,
+  results: Float[Array, 'microbatch groups length embed'],
+) -> tuple[_Microbatch, Float[Array, 'microbatch groups length embed']]:
+  """Stores the outputs in the ring, and fills it with the inputs of a group that starts.
+
+  After the last group another one starts, whose inputs and outputs nobody uses.
+
+  Args:
+    plan: the result of `schedule`.
+    x: inputs of all groups.
+    side: side inputs of all groups.
+    group: the group that starts. The ring holds outputs of group - 2, if there is one.
+    ring: this stage's slot of the ring.
+    results: a field of _Carry.
+
+  Returns:
+    The new `ring` and `results`.
+  """
+  stored = jax.lax.dynamic_update_index_in_dim(results, ring.x, jnp.maximum(group - 2, 0), 1)
+  coming = _microbatch(x, side, jnp.minimum(group, plan.groups - 1))
+  return coming, jnp.where(group >= 2, stored, results)
+
+
+def _exchange(
+  plan: Schedule, stage: Int[Array, ''], ring: _Microbatch, state: _Microbatch
+) -> tuple[_Microbatch, _Microbatch]:
+  """Swaps, on stage 0, the ring's input for the output that has just left the last stage.
+
+  Then the ring moves back by one slot, so that stage 0 has the next input. After as many exchanges
+  as there are stages it has gone around once.
+
+  Args:
+    plan: the result of `schedule`.
+    stage: index of this stage.
+    ring: this stage's slot of the ring.
+    state: a field of _Carry.
+
+  Returns:
+    The new `ring` and `state`.
+  """
+  first = lambda a, b: jnp.where(stage == 0, a, b)
+  taken = _Microbatch(first(ring.x, state.x), jax.tree.map(first, ring.side, state.side))
+  # Nobody uses side inputs of outputs, so those of the ring may stay.
+  left = _Microbatch(first(state.x, ring.x), ring.side)
+  back = [((slot + 1) % plan.stages, slot) for slot in range(plan.stages)]
+  return _send(left, back), taken
+
+
+def _to_next_stage(plan: Schedule, state: _Microbatch) -> _Microbatch:
+  """Sends each stage's microbatch to the next one, and that of the last stage to stage 0."""
+  return _send(state, [(slot, (slot + 1) % plan.stages) for slot in range(plan.stages)])
+
+
+def _send(tree: PyTree[Array], pairs: list[tuple[int, int]]) -> PyTree[Array]:
+  """Sends arrays to other stages, given pairs of senders and receivers."""
+  return jax.tree.map(lambda array: jax.lax.ppermute(array, 'stage', pairs), tree)
+
+
+def _unchanged(*arguments):
+  return arguments
 
 
 def circular_order(
