@@ -61,6 +61,9 @@ _RENAMED_NAME = re.compile(
   rf'(?<![\w.])(?P<name>{"|".join(map(re.escape, RENAMED))})\b'
 )
 
+# The bindings that the last `parse` was given, besides files.
+_given: list[str] = []
+
 _CALL_CHAIN = '\n  In call to configurable'
 _LOCATION = re.compile(r'\n  In file "(?P<file>[^\n]*)", line (?P<line>\d+)\n(?P<text>[^\n]*)')
 
@@ -124,6 +127,7 @@ def parse(gin_files: Sequence[str], bindings: Sequence[str], data: bool = True) 
   import gin
 
   gin.clear_config()
+  _given.clear()
   skipped = () if data else DATA_NAMES
   imports = [binding for binding in bindings if binding.startswith('import ')]
   bindings = [binding for binding in bindings if not binding.startswith('import ')]
@@ -147,6 +151,7 @@ def parse(gin_files: Sequence[str], bindings: Sequence[str], data: bool = True) 
   except BaseException:
     gin.clear_config()
     raise
+  _given.extend(bindings)
   for old, source in old_names.items():
     print(f'{source}: {old} is now named {RENAMED[old]}; the old name still works', file=sys.stderr)
 
@@ -174,6 +179,34 @@ def operative() -> str:
   import gin
 
   return gin.operative_config_str()
+
+
+def unused(kind: type) -> list[str]:
+  """Returns the names of `parse`'s bindings, such as 'MyObjective.ema', whose class was never built.
+
+  Bindings of files don't count: one file may serve several runs.
+
+  Args:
+    kind: the base class of these classes. All that the command needs must have been built.
+  """
+  import gin
+
+  built = {selector for _, selector in gin.config._OPERATIVE_CONFIG}
+  found = []
+  for binding in _given:
+    name = with_new_names(binding).split('=', maxsplit=1)[0].strip()
+    scope, _, selector = name.rpartition('.')[0].rpartition('/')
+    configurable = gin.config._REGISTRY.get_match(selector) if selector else None
+    if (
+      configurable
+      and inspect.isclass(configurable.wrapped)
+      and issubclass(configurable.wrapped, kind)
+      and configurable.selector not in built
+      # Nobody has cleared gin's values since.
+      and (scope, configurable.selector) in gin.config._CONFIG
+    ):
+      found.append(name)
+  return found
 
 
 @contextlib.contextmanager

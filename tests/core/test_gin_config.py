@@ -331,6 +331,21 @@ def needs_more(schedule):
   return schedule
 
 
+def test_values_given_for_a_class_that_is_not_built_are_unused():
+  with open('mine.gin', 'w', encoding='utf-8') as file:
+    file.write('failing_example/ExampleModel.width = 1\nWIDTH = 2\n')
+    file.write('train_example.rate = %WIDTH\n')
+  bindings = ['a/config_test.ExampleModel.width = 3', 'train_example.steps = 2', 'WIDTH = 4']
+  gin_config.parse(['mine.gin'], bindings)
+  assert gin_config.unused(ExampleModel) == ['a/config_test.ExampleModel.width']
+  assert gin_config.unused(int) == []
+  ExampleModel()
+  assert gin_config.unused(ExampleModel) == []
+  gin_config.parse([], bindings[:1])
+  gin.clear_config()
+  assert gin_config.unused(ExampleModel) == []
+
+
 def test_old_names_still_work_and_are_named_once(tmp_path, capsys):
   file = tmp_path / 'old.gin'
   file.write_text(

@@ -228,7 +228,7 @@ def test_the_last_step_is_saved_whatever_else_is_off(tmp_path, tokenizer_binding
   assert len(traces) == ('train.profile_steps = (2, 3)' in bindings)
 
 
-def test_more_pictures_than_a_batch_or_fewer_than_asked_for(tmp_path, capsys, tokenizer_bindings):
+def test_settings_that_a_run_does_not_follow_are_named(tmp_path, capsys, tokenizer_bindings):
   _train(
     tmp_path,
     TOKENIZER,
@@ -236,11 +236,15 @@ def test_more_pictures_than_a_batch_or_fewer_than_asked_for(tmp_path, capsys, to
     'train.steps = 1',
     'train.batch_size = 8',
     'train.num_pictures = 40',
+    'GeneratorObjective.ema = 0.9',
   )
+  shown = capsys.readouterr().err
   assert (
-    'pictures show 11 examples, all that validation has, and not train.num_pictures=40'
-    in capsys.readouterr().err
+    'pictures show 11 examples, all that validation has, and not train.num_pictures=40' in shown
   )
+  assert shown.count('has no effect') == 1
+  why = "the run's objective is a TokenizerObjective"
+  assert f'warning: --gin.GeneratorObjective.ema has no effect: {why}' in shown
   with Image.open(tmp_path / 'pictures' / 'reconstructions_00000001.png') as image:
     assert image.size == (3 * 32, 4 * 16)
 
