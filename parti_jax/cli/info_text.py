@@ -31,7 +31,8 @@ _STATES = {
 
 def run(found: dict[str, Any]) -> list[str]:
   """Returns lines about a run from the result of `run_summary.summarize`."""
-  lines = [f'{found["folder"]}: a run of the objective {found["stage"] or "(unknown)"}', '']
+  kind = f' ({found["objective"]})' if found['objective'] else ''
+  lines = [f'{found["folder"]}: a run of the objective {found["stage"] or "(unknown)"}{kind}', '']
   lines += _facts(
     {
       'state': _state(found),

@@ -32,7 +32,8 @@ def summarize(model_dir: str, verify: bool = False) -> dict[str, Any]:
   Returns:
     kind: 'run'.
     folder: `model_dir`.
-    stage, model, parameters: the objective's name, its model's sizes, how many parameters are trained.
+    stage, objective, model, parameters: the objective's name and class, its model's sizes, how many
+      parameters are trained.
     lora: what the run's checkpoints say about the adapters that it trains; None without adapters.
     state: 'finished', 'stopped' (on request, or interrupted), 'failed', 'killed', 'running',
       'running or killed' if only the run's host can know, or 'never started'.
@@ -67,6 +68,7 @@ def summarize(model_dir: str, verify: bool = False) -> dict[str, Any]:
     'kind': 'run',
     'folder': str(model_dir),
     'stage': facts.get('stage', model.get('stage')),
+    'objective': facts.get('objective'),
     'model': model.get('config'),
     'lora': model.get('lora'),
     'parameters': facts.get('parameters'),

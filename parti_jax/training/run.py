@@ -69,13 +69,12 @@ class Run:
     self._checkpoints = checkpoint_manager.Checkpoints(model_dir, keep)
     self._model = run_checkpoints.describe(trainer.objective)
     self._saved = self._checkpoints.latest_step()
+    self._class_before = None
     self.resumed = self._saved is not None
     if self._saved is not None:
-      inputs.check(
-        f'the run {model_dir}',
-        self._checkpoints.read_place(self._saved),
-        'or train in another --model_dir',
-      )
+      before = self._checkpoints.read_place(self._saved)
+      self._class_before = before.get('objective')  # Older checkpoints lack it.
+      inputs.check(f'the run {model_dir}', before, 'or train in another --model_dir')
       self.state, place = self._checkpoints.restore(self._saved, trainer.abstract, self._model)
       examples.restore(place)
       self._skipped_steps.restore(place)
@@ -103,6 +102,10 @@ class Run:
       lines.append(
         f'these are adapters of rank {adapters["rank"]}; their base, {adapters["base"]}, does not change'
       )
+    if self._class_before not in (None, facts['objective']):
+      lines.append(
+        f'its checkpoint is of the objective {self._class_before}, which is now {facts["objective"]}'
+      )
     if self._checkpoints.factored:
       lines.append(whole_moments.line(self._checkpoints.factored))
     options = self._trainer.compiler_options
@@ -118,11 +121,17 @@ class Run:
     return '; '.join(lines)
 
   def facts(self) -> dict[str, Any]:
-    """Returns what the journal records: objective, number of parameters, mesh, step and XLA's options."""
+    """Returns what the journal records.
+
+    Returns:
+      The step, the objective's name ('stage') and its class, the number of parameters, the mesh and
+      XLA's options.
+    """
     count = sum(leaf.size for leaf in jax.tree.leaves(self._trainer.abstract.params))
     return {
       'step': self.step,
       'stage': self._trainer.objective.name,
+      'objective': self._trainer.objective.gin_name,
       'parameters': count,
       'mesh': dict(self._trainer.mesh.shape),
       'compiler_options': self._trainer.compiler_options,
@@ -188,6 +197,7 @@ class Run:
       return
     run_lock.confirm()
     place = self._examples.state() | self._inputs.state() | self._skipped_steps.state()
+    place['objective'] = self._trainer.objective.gin_name
     self._checkpoints.save(self.step, self.state, place, self._model)
     self._saved, self._saved_updates, self._save_waits = self.step, self.updates, False
     if self._journal is not None:

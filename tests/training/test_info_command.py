@@ -37,6 +37,7 @@ def _begun(step, data=8, **facts):
     'step': step,
     'steps': 1000,
     'stage': 'generator',
+    'objective': 'MyObjective',
     'parameters': 4_032_576,
     'mesh': {'stage': 1, 'data': data, 'fsdp': 1, 'tensor': 1},
     'processes': 1,
@@ -115,7 +116,7 @@ def test_the_history_is_shown(tmp_path, capsys):
   text = capsys.readouterr().out
   lines = [' '.join(line.split()) for line in text.splitlines()]
   for line in (
-    f'{tmp_path}: a run of the objective generator',
+    f'{tmp_path}: a run of the objective generator (MyObjective)',
     'progress step 420 of 1,000 (42.0%), 5 steps/s',
     'loss 2 at step 420, 2026-01-02 08:01:05 UTC',
     'devices 4 × cpu, mesh data 4',

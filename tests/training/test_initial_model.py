@@ -106,6 +106,15 @@ def test_an_objective_may_take_parts_from_elsewhere(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, begun['image_decoder'], random)
   run.save()
   run.close()
+  # Another class of the same name and sizes may go on.
+  lines = []
+  for kind in (_Borrower, generator_objective.GeneratorObjective):
+    trainer = trainer_lib.Trainer(kind(sizes), trainer.optimizer, trainer.mesh)
+    resumed = run_lib.Run(trainer, tmp_path, 1, examples, nothing)
+    resumed.close()
+    lines.append(resumed.beginning())
+  assert '_Borrower' not in lines[0]
+  assert 'its checkpoint is of the objective _Borrower, which is now GeneratorObj' in lines[1]
   # A run that has begun asks for nothing: where its parts were from may be gone.
   assert train_loop.initial_parts(trainer, tmp_path, nothing, 'nowhere') == {}
   assert _Borrower.asked == 1

@@ -83,7 +83,12 @@ class Objective(abc.ABC):
   @property
   @abc.abstractmethod
   def name(self) -> str:
-    """The objective's name in checkpoints and journals, such as 'generator'."""
+    """The objective's name in checkpoints and journals, such as 'generator'.
+
+    `parti-jax export --generator` and other commands that read a run take it by this name: a subclass
+    that trains the same network keeps it. A run resumes with any objective that has the name and the
+    config of its checkpoint, and says so if the class is another one.
+    """
 
   @property
   def gin_name(self) -> str:
