@@ -16,7 +16,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +29,8 @@ from jaxtyping import Array
 from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import Int8
+from jaxtyping import Int32
+from jaxtyping import PyTree
 
 from parti_jax.models.nn import attention_patterns
 from parti_jax.partitioning import mesh as mesh_lib
@@ -42,6 +47,58 @@ _BLOCK_LANES = (256, 128)
 _MEMORY_V4, _LIMIT_V4 = 14 * 2**20, 16 * 2**20
 _MEMORY, _LIMIT = 40 * 2**20, 56 * 2**20
 _LOWEST = float(np.finfo(np.float32).min)
+
+
+class _SelfParts(NamedTuple):
+  """What self-attention gets: queries, keys and values in one array."""
+
+  projected: Float[Array, '3 batch length width']
+
+  @property
+  def query(self) -> Any:
+    """The array that has the queries as its first entry."""
+    return self.projected
+
+  @property
+  def keys_values(self) -> Any:
+    """The array that has the keys and then the values, from the entry `first_key` on."""
+    return self.projected
+
+  @property
+  def first_key(self) -> int:
+    return 1
+
+
+class _CrossParts(NamedTuple):
+  """What cross-attention gets: queries, and keys and values of another sequence."""
+
+  query: Float[Array, '1 batch length width']
+  keys_values: Float[Array, '2 batch key_length width']
+
+  @property
+  def first_key(self) -> int:
+    return 0
+
+
+# The gradients have the same form, and so have their specs and, in the backward kernel, their refs.
+_Parts = _SelfParts | _CrossParts
+
+
+class _Inputs(NamedTuple):
+  """What both kernels read: the arrays, the specs of their blocks, or in a kernel the refs.
+
+  Attributes:
+    query: [rows, lanes] of a block.
+    key: [key_length, lanes] of a block.
+    value: as the keys.
+    mask: the result of `_mask_table`, or of a block [1, key_length] of a key mask; None if all
+      queries attend to all keys.
+  """
+
+  query: Any
+  key: Any
+  value: Any
+  mask: Any | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +260,7 @@ def self_attention(
     The attended values, with the checkpoint name ATTENTION_OUTPUT.
   """
   form = _Form(head_dim, pattern, interpret)
-  out = _on_mesh(form, (_by_columns(projected, pattern),), key_mask)
+  out = _on_mesh(form, _SelfParts(_by_columns(projected, pattern)), key_mask)
   return checkpoint_name(_by_columns(out, pattern, back=True), ATTENTION_OUTPUT)
 
 
@@ -226,7 +283,8 @@ def cross_attention(
   Returns:
     The attended values, with the checkpoint name ATTENTION_OUTPUT.
   """
-  out = _on_mesh(_Form(head_dim, interpret=interpret), (query[None], keys_values), key_mask)
+  parts = _CrossParts(query[None], keys_values)
+  out = _on_mesh(_Form(head_dim, interpret=interpret), parts, key_mask)
   return checkpoint_name(out, ATTENTION_OUTPUT)
 
 
@@ -243,17 +301,21 @@ def _by_columns(
   return cut.swapaxes(-3, -2).reshape(part.shape)
 
 
-def _on_mesh(form, parts, key_mask) -> Float[Array, 'batch length width']:
+def _on_mesh(
+  form: _Form, parts: _Parts, key_mask: Bool[Array, '#batch 1 1 key_length'] | None
+) -> Float[Array, 'batch length width']:
   """Calls the kernel; on a mesh, each device computes its own examples and heads."""
   if key_mask is not None:
-    shape = (parts[0].shape[1], 1, key_mask.shape[-1])
+    shape = (parts.query.shape[1], 1, key_mask.shape[-1])
     key_mask = jnp.broadcast_to(key_mask[:, 0], shape).astype(jnp.int32)
   local = functools.partial(_attend, form)
   if mesh_lib.current() is not None:
-    part = rules_lib.spec(None, 'activation_batch', None, 'activation_heads')
     local = jax.shard_map(
       local,
-      in_specs=((part,) * len(parts), rules_lib.spec('activation_batch', None, None)),
+      in_specs=(
+        rules_lib.spec(None, 'activation_batch', None, 'activation_heads'),
+        rules_lib.spec('activation_batch', None, None),
+      ),
       out_specs=rules_lib.spec('activation_batch', None, 'activation_heads'),
       check_vma=False,
       axis_names=rules_lib.free_axes(),
@@ -262,119 +324,242 @@ def _on_mesh(form, parts, key_mask) -> Float[Array, 'batch length width']:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(form: _Form, parts, key_mask):
+def _attend(
+  form: _Form, parts: _Parts, key_mask: Int32[Array, 'batch 1 key_length'] | None
+) -> Float[Array, 'batch length width']:
   """Attention on one device.
 
   Args:
     form: what is fixed.
-    parts: (queries, keys and values [3, ...],) or (queries [1, ...], keys and values [2, ...]).
-    key_mask: int32, 1 where a key may be attended to; None for all.
+    parts: queries, keys and values.
+    key_mask: 1 where a key may be attended to; None for all.
   """
-  return _call(form, parts, key_mask)
+  return _call_forward(form, parts, key_mask)
 
 
 def _attend_forward(form, parts, key_mask):
-  return _call(form, parts, key_mask), (parts, key_mask)
+  return _call_forward(form, parts, key_mask), (parts, key_mask)
 
 
 def _attend_backward(form, residuals, gradient):
   parts, key_mask = residuals
-  return _call(form, parts, key_mask, gradient), None
+  return _call_backward(form, parts, key_mask, gradient), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _call(form: _Form, parts, key_mask, gradient=None):
-  """Runs the forward kernel, or with a gradient of its result the backward kernel."""
-  # Imported here because it takes time, which other platforms need not spend.
+def _call_forward(
+  form: _Form, parts: _Parts, key_mask: Int32[Array, 'batch 1 key_length'] | None
+) -> Float[Array, 'batch length width']:
+  """Runs the forward kernel; the arguments are those of `_attend`."""
+  blocks = _blocks_for(form, parts)
+  inputs, specs = _inputs(form, blocks, parts, key_mask)
+  result = jax.ShapeDtypeStruct((1, *parts.query.shape[1:]), parts.query.dtype)
+  found = _call(
+    _forward_kernel,
+    form,
+    blocks,
+    inputs=(inputs,),
+    in_specs=(specs,),
+    results=result,
+    out_specs=_rows_spec(blocks, 0),
+    products=2,
+    name='attention_forward',
+  )
+  return found[0]
+
+
+def _call_backward(
+  form: _Form,
+  parts: _Parts,
+  key_mask: Int32[Array, 'batch 1 key_length'] | None,
+  gradient: Float[Array, 'batch length width'],
+) -> _Parts:
+  """Runs the backward kernel.
+
+  Args:
+    form: what is fixed.
+    parts: queries, keys and values.
+    key_mask: an argument of `_attend`.
+    gradient: gradient of the result of `_attend`.
+
+  Returns:
+    The gradients of `parts`.
+  """
+  from jax.experimental.pallas import tpu as pltpu
+
+  blocks = _blocks_for(form, parts)
+  inputs, specs = _inputs(form, blocks, parts, key_mask)
+  length, key_length = parts.query.shape[2], parts.keys_values.shape[2]
+  out_specs: _Parts
+  if isinstance(parts, _SelfParts):
+    # The only array has all queries, so it stays on the chip while each block writes its own.
+    out_specs = _SelfParts(_whole_spec(blocks, 3, length))
+  else:
+    out_specs = _CrossParts(_rows_spec(blocks, 0), _whole_spec(blocks, 2, key_length))
+  (found,) = _call(
+    _backward_kernel,
+    form,
+    blocks,
+    inputs=(inputs, gradient[None]),
+    in_specs=(specs, _rows_spec(blocks, 0)),
+    results=(jax.tree.map(lambda part: jax.ShapeDtypeStruct(part.shape, part.dtype), parts),),
+    out_specs=(out_specs,),
+    sums=[pltpu.VMEM((key_length, blocks.lanes), jnp.float32)] * 2,
+    products=5,
+    name='attention_backward',
+  )
+  return found
+
+
+def _blocks_for(form: _Form, parts: _Parts) -> _Blocks:
+  """Returns how the work on these arrays is divided; `fits` must be True."""
+  length, width = parts.query.shape[2:]
+  key_length = parts.keys_values.shape[2]
+  blocks = _blocks(length, key_length, width, form.lanes, form.pattern, _memory()[0])
+  assert blocks is not None, 'fits() is False'
+  return blocks
+
+
+# A kernel runs for each example, group of lanes, and block of queries. These functions say which part
+# of arrays [arrays, batch, length, width] it then sees. They import Pallas themselves, because that
+# takes time, which other platforms need not spend.
+
+
+def _rows_spec(blocks: _Blocks, index: int) -> Any:
+  """Returns the spec of [rows, lanes], the block's queries in one of the arrays."""
+  from jax.experimental import pallas as pl
+
+  shape = (None, None, blocks.rows, blocks.lanes)
+  return pl.BlockSpec(shape, lambda example, group, block: (index, example, block, group))
+
+
+def _keys_spec(blocks: _Blocks, index: int, length: int) -> Any:
+  """Returns the spec of [length, lanes], all positions of one of the arrays."""
+  from jax.experimental import pallas as pl
+
+  shape = (None, None, length, blocks.lanes)
+  return pl.BlockSpec(shape, lambda example, group, block: (index, example, 0, group))
+
+
+def _whole_spec(blocks: _Blocks, arrays: int, length: int) -> Any:
+  """Returns the spec of [arrays, length, lanes], all positions of all arrays."""
+  from jax.experimental import pallas as pl
+
+  shape = (arrays, None, length, blocks.lanes)
+  return pl.BlockSpec(shape, lambda example, group, block: (0, example, 0, group))
+
+
+def _inputs(
+  form: _Form,
+  blocks: _Blocks,
+  parts: _Parts,
+  key_mask: Int32[Array, 'batch 1 key_length'] | None,
+) -> tuple[_Inputs, _Inputs]:
+  """Returns the arrays that both kernels read, and the specs of their blocks."""
+  from jax.experimental import pallas as pl
+
+  key_length = parts.keys_values.shape[2]
+  mask = mask_spec = None
+  if form.pattern is not None:
+    mask = jnp.asarray(_mask_table(blocks, form.pattern))
+    mask_spec = pl.BlockSpec(mask.shape, lambda example, group, block: (0, 0, 0))
+  elif key_mask is not None:
+    mask = key_mask
+    mask_spec = pl.BlockSpec((None, 1, key_length), lambda example, group, block: (example, 0, 0))
+  arrays = _Inputs(parts.query, parts.keys_values, parts.keys_values, mask)
+  specs = _Inputs(
+    _rows_spec(blocks, 0),
+    _keys_spec(blocks, parts.first_key, key_length),
+    _keys_spec(blocks, parts.first_key + 1, key_length),
+    mask_spec,
+  )
+  return arrays, specs
+
+
+def _call(
+  kernel: Callable[..., None],
+  form: _Form,
+  blocks: _Blocks,
+  inputs: tuple[Any, ...],
+  in_specs: tuple[Any, ...],
+  results: PyTree[jax.ShapeDtypeStruct],
+  out_specs: PyTree,
+  products: int,
+  name: str,
+  sums: Sequence[Any] = (),
+) -> PyTree[Array]:
+  """Runs a kernel on all blocks.
+
+  Args:
+    kernel: gets the form, the blocks, and the refs of inputs, results and sums.
+    form: what is fixed.
+    blocks: how the work is divided.
+    inputs: trees of arrays; the first one is an _Inputs.
+    in_specs: trees of the same structure, of what a step of the kernel sees of the arrays.
+    results: shapes of the results.
+    out_specs: a tree of the same structure, of what a step writes.
+    products: number of matrix products over all queries, keys and lanes.
+    name: name of the kernel in profiles.
+    sums: memory on the chip that the steps of an example and a group of lanes share.
+  """
   from jax.experimental import pallas as pl
   from jax.experimental.pallas import tpu as pltpu
 
-  batch, length, width = parts[0].shape[1:]
-  key_length = parts[-1].shape[2]
-  dtype = parts[0].dtype
-  memory, limit = _memory()
-  blocks = _blocks(length, key_length, width, form.lanes, form.pattern, memory)
-  assert blocks is not None, 'fits() is False'
-  lanes = blocks.lanes
-  backward, whole = gradient is not None, len(parts) == 1
-  first_key = 1 if whole else 0
-  rows_of = lambda part: pl.BlockSpec(
-    (None, None, blocks.rows, lanes), lambda example, group, block: (part, example, block, group)
-  )
-  keys_of = lambda part: pl.BlockSpec(
-    (None, None, key_length, lanes), lambda example, group, block: (part, example, 0, group)
-  )
-  inputs: list[Any] = [parts[0], parts[-1], parts[-1]]
-  specs = [rows_of(0), keys_of(first_key), keys_of(first_key + 1)]
-  if form.pattern is not None:
-    table = jnp.asarray(_mask_table(blocks, form.pattern))
-    inputs.append(table)
-    specs.append(pl.BlockSpec(table.shape, lambda example, group, block: (0, 0, 0)))
-  elif key_mask is not None:
-    inputs.append(key_mask)
-    specs.append(pl.BlockSpec((None, 1, key_length), lambda example, group, block: (example, 0, 0)))
-  scratch = []
-  if not backward:
-    results: Any = jax.ShapeDtypeStruct((1, batch, length, width), dtype)
-    result_specs: Any = rows_of(0)
-  else:
-    inputs.append(gradient[None])
-    specs.append(rows_of(0))
-    results = [jax.ShapeDtypeStruct(part.shape, dtype) for part in parts]
-    every = lambda count, size: pl.BlockSpec(
-      (count, None, size, lanes), lambda example, group, block: (0, example, 0, group)
-    )
-    result_specs = [every(3, length)] if whole else [rows_of(0), every(2, key_length)]
-    scratch = [pltpu.VMEM((key_length, lanes), jnp.float32)] * 2
-  kernel = _backward_kernel if backward else _forward_kernel
-  masked = form.pattern is not None or key_mask is not None
+  _, batch, length, width = inputs[0].query.shape
   scores = batch * width // form.head_dim * blocks.rows * sum(size for _, size in blocks.windows)
-  found = pl.pallas_call(
-    functools.partial(kernel, form, blocks, masked),
-    grid=(batch, width // lanes, length // blocks.rows),
-    in_specs=specs,
-    out_specs=result_specs,
+  arrays = jax.tree.leaves((inputs, results))
+  return pl.pallas_call(
+    functools.partial(kernel, form, blocks),
+    grid=(batch, width // blocks.lanes, length // blocks.rows),
+    in_specs=in_specs,
+    out_specs=out_specs,
     out_shape=results,
-    scratch_shapes=scratch,
+    scratch_shapes=sums,
     compiler_params=pltpu.CompilerParams(
-      dimension_semantics=('parallel', 'parallel', 'arbitrary'), vmem_limit_bytes=limit
+      dimension_semantics=('parallel', 'parallel', 'arbitrary'), vmem_limit_bytes=_memory()[1]
     ),
     cost_estimate=pl.CostEstimate(
-      flops=2 * scores * form.lanes * (5 if backward else 2),
+      flops=2 * scores * form.lanes * products,
       transcendentals=scores,
-      bytes_accessed=sum(
-        array.size * array.dtype.itemsize for array in jax.tree.leaves((inputs, results))
-      ),
+      bytes_accessed=sum(array.size * array.dtype.itemsize for array in arrays),
     ),
-    name='attention_backward' if backward else 'attention_forward',
+    name=name,
     interpret=form.interpret,
   )(*inputs)
-  return tuple(found) if backward else found[0]
 
 
-def _forward_kernel(form, blocks, masked, query_ref, key_ref, value_ref, *refs):
-  """Computes a block of queries; the refs are a mask, if there is one, and the result."""
-  out_ref = refs[-1]
+def _forward_kernel(form: _Form, blocks: _Blocks, inputs: _Inputs, out_ref):
+  """Computes a block of queries."""
 
   def attend(at, keys, mask):
-    query, key, value = query_ref[:, at], key_ref[keys, at], value_ref[keys, at]
+    query, key, value = inputs.query[:, at], inputs.key[keys, at], inputs.value[keys, at]
     out = jnp.zeros(query.shape, jnp.float32)
     for own in _own_lanes(form):
       weights, total = _weights(_scaled(form, query, own), key, mask)
       out += _dot(weights.astype(value.dtype), value, (1, 0)) * (own / total)
     out_ref[:, at] = out.astype(out_ref.dtype)
 
-  _for_each_tile(form, blocks, refs[0] if masked else None, query_ref.shape[1], attend)
+  _for_each_tile(form, blocks, inputs.mask, attend)
 
 
-def _backward_kernel(form, blocks, masked, query_ref, key_ref, value_ref, *refs):
-  """Computes gradients; the refs are a mask, the result's gradient, the gradients, and two sums."""
+def _backward_kernel(
+  form: _Form, blocks: _Blocks, inputs: _Inputs, gradient_ref, results: _Parts, key_sum, value_sum
+):
+  """Computes the gradients of a block of queries, and adds to those of keys and values.
+
+  Args:
+    form: what is fixed.
+    blocks: how the work is divided.
+    inputs: what the forward kernel got.
+    gradient_ref: gradient of the forward kernel's result.
+    results: gradients of queries, keys and values. The last block writes those of keys and values.
+    key_sum: gradients of the keys by the blocks until now.
+    value_sum: as `key_sum`, of the values.
+  """
   from jax.experimental import pallas as pl
 
-  gradient_ref, *result_refs, key_sum, value_sum = refs[1:] if masked else refs
-  whole = len(result_refs) == 1
   block, last = pl.program_id(2), len(blocks.windows) - 1
 
   @pl.when(block == 0)
@@ -383,7 +568,7 @@ def _backward_kernel(form, blocks, masked, query_ref, key_ref, value_ref, *refs)
     value_sum[...] = jnp.zeros(value_sum.shape, value_sum.dtype)
 
   def differentiate(at, keys, mask):
-    query, key, value = query_ref[:, at], key_ref[keys, at], value_ref[keys, at]
+    query, key, value = inputs.query[:, at], inputs.key[keys, at], inputs.value[keys, at]
     gradient = gradient_ref[:, at].astype(jnp.float32)
     of_query = jnp.zeros(query.shape, jnp.float32)
     of_key, of_value = jnp.zeros((2, *key.shape), jnp.float32)
@@ -403,23 +588,31 @@ def _backward_kernel(form, blocks, masked, query_ref, key_ref, value_ref, *refs)
       of_value += _dot(weights.astype(query.dtype), of_head, (0, 0))
     key_sum[keys, at] += of_key
     value_sum[keys, at] += of_value
-    if whole:
+    if isinstance(results, _SelfParts):  # All queries, of which a block has some.
       rows = pl.ds(pl.multiple_of(block * blocks.rows, blocks.rows), blocks.rows)
-      result_refs[0][0, rows, at] = of_query.astype(query.dtype)
+      results.projected[0, rows, at] = of_query.astype(query.dtype)
     else:
-      result_refs[0][:, at] = of_query.astype(query.dtype)
+      results.query[:, at] = of_query.astype(query.dtype)
 
-  _for_each_tile(form, blocks, refs[0] if masked else None, query_ref.shape[1], differentiate)
+  _for_each_tile(form, blocks, inputs.mask, differentiate)
 
   @pl.when(block == last)
   def finish():
-    results, first = result_refs[-1], 1 if whole else 0
-    results[first] = key_sum[...].astype(results.dtype)
-    results[first + 1] = value_sum[...].astype(results.dtype)
+    keys_values, first = results.keys_values, results.first_key
+    keys_values[first] = key_sum[...].astype(keys_values.dtype)
+    keys_values[first + 1] = value_sum[...].astype(keys_values.dtype)
 
 
-def _for_each_tile(form, blocks, mask_ref, lanes, body):
-  """Calls body(lanes, keys, mask) for each tile of the current block of queries."""
+def _for_each_tile(form: _Form, blocks: _Blocks, mask_ref, body: Callable[..., None]):
+  """Calls body(lanes, keys, mask) for each tile of the current block of queries.
+
+  Args:
+    form: what is fixed.
+    blocks: how the work is divided.
+    mask_ref: a field of _Inputs.
+    body: gets the lanes of the tile, the keys of the block's window, and which of them each query
+      attends to; None for all.
+  """
   from jax.experimental import pallas as pl
 
   block = pl.program_id(2)
@@ -431,7 +624,7 @@ def _for_each_tile(form, blocks, mask_ref, lanes, body):
     else:
       keys = pl.ds(pl.multiple_of((block + 1) * blocks.rows - width, _LANES), width)
       mask = mask_ref[block, :, blocks.widest - width :].astype(jnp.int32) != 0
-    for start in range(0, lanes, form.lanes):
+    for start in range(0, blocks.lanes, form.lanes):
       body(pl.ds(start, form.lanes), keys, mask)
 
   of_width = blocks.of_width()
