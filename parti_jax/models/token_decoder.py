@@ -31,16 +31,16 @@ class CausalDecoder(nn.Module):
     config = self.config
     self.token_embedding = layers.Embedding(config.codebook_size, config.width)
     self.decoder = transformer.Decoder(
-      config.decoder_layers,
-      config.width,
-      config.mlp_width,
-      config.heads,
-      config.patterns,
-      config.dropout,
-      config.compute_dtype,
-      config.remat,
-      config.unroll,
-      config.decoder_options,
+      num_layers=config.decoder_layers,
+      width=config.width,
+      mlp_width=config.mlp_width,
+      heads=config.heads,
+      patterns=config.patterns,
+      dropout=config.dropout,
+      dtype=config.compute_dtype,
+      remat=config.remat,
+      unroll=config.unroll,
+      options=config.decoder_options,
     )
     self.logits = layers.Projection((config.codebook_size,), 1, ('embed', 'vocab'))
     self.drop = layers.Dropout(config.dropout)
