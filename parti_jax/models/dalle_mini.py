@@ -1,9 +1,9 @@
 """DALL·E mini and DALL·E mega: an encoder-decoder with NormFormer's norms (arXiv 2110.09456).
 
 It has the roles of Parti's parts, a text encoder and an image-token decoder. It differs in its blocks
-(`block_options.BlockOptions.norm_after`, the norms with biases, the MLP 'normed_geglu'), in a norm of
-the embeddings, and in one learned vector for each position of both sequences. It has no paper; the
-networks are those of the published models dalle-mini/dalle-mini and dalle-mini/dalle-mega.
+(`block_options.BlockOptions.norm_after_attention`, the norms with biases, the MLP 'normed_geglu'), in
+a norm of the embeddings, and in one learned vector for each position of both sequences. It has no
+paper; the networks are those of the published models dalle-mini/dalle-mini and dalle-mini/dalle-mega.
 
 | | layers of each tower | width | mlp_width | heads | text_vocabulary |
 |---|---|---|---|---|---|
@@ -42,7 +42,7 @@ START_ID, END_ID = 0, 2
 EPSILON = 1e-5
 # Of both towers.
 _OPTIONS = block_options.BlockOptions(
-  norm='layer_bias', mlp='normed_geglu', norm_after='layer_scale_bias'
+  norm='layer_bias', mlp='normed_geglu', norm_after_attention='layer_scale_bias'
 )
 
 

@@ -168,7 +168,8 @@ def test_wrong_sizes_are_named(field, value, message):
 
 def test_partis_networks_have_none_of_it():
   config = parti_config.PartiConfig()
-  assert {config.encoder_options.norm_after, config.decoder_options.norm_after} == {None}
+  for options in (config.encoder_options, config.decoder_options):
+    assert options.norm_after_attention is None
   for field, name in (('norm', 'layer_bias'), ('mlp', 'normed_geglu')):
     with pytest.raises(UserError, match=f'PartiConfig.{field}='):
       parti_config.PartiConfig(**{field: name})

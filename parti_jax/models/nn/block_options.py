@@ -39,8 +39,9 @@ class BlockOptions:
       (`rotary.rotate`); None to leave them.
     kv_heads: number of heads of keys and values, each for as many heads of queries; None for one
       for each of them. Only of decoders.
-    norm_after: the norm of the output of each attention, before the residual connection, as in
-      NormFormer (arXiv 2110.09456); a name in NORMS, or None for none.
+    norm_after_attention: the norm of the output of each attention, before the residual connection,
+      as in NormFormer (arXiv 2110.09456); a name in NORMS, or None for none. The MLP has none; one
+      inside of it is a matter of `mlp`.
     rotary_inputs: whether `rotary_grid` is of the inputs (`rotary.rotate`).
     cross_attention: whether the blocks of a decoder attend to the text by cross-attention. Otherwise
       the text comes before the image tokens, as a prefix, and self-attention attends to it.
@@ -51,15 +52,15 @@ class BlockOptions:
   qk_norm: bool = False
   rotary_grid: tuple[int, int] | None = None
   kv_heads: int | None = None
-  norm_after: str | None = None
+  norm_after_attention: str | None = None
   rotary_inputs: bool = False
   cross_attention: bool = True
 
   def make_norm(self, dtype: jnp.dtype) -> nn.Module:
     return NORMS[self.norm](dtype)
 
-  def make_norm_after(self, dtype: jnp.dtype) -> nn.Module | None:
-    return None if self.norm_after is None else NORMS[self.norm_after](dtype)
+  def make_norm_after_attention(self, dtype: jnp.dtype) -> nn.Module | None:
+    return None if self.norm_after_attention is None else NORMS[self.norm_after_attention](dtype)
 
   def make_mlp(self, width: int, mlp_width: int, dtype: jnp.dtype) -> nn.Module:
     return MLPS[self.mlp](width, mlp_width, dtype)

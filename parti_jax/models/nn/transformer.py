@@ -58,7 +58,7 @@ class EncoderBlock(nn.Module):
   def setup(self):
     self.attention_norm = self.options.make_norm(self.dtype)
     self.attention = attention.SelfAttention(self.width, self.heads, self.dtype, self.options)
-    self.attention_out_norm = self.options.make_norm_after(self.dtype)
+    self.attention_out_norm = self.options.make_norm_after_attention(self.dtype)
     self.mlp_norm = self.options.make_norm(self.dtype)
     self.mlp = self.options.make_mlp(self.width, self.mlp_width, self.dtype)
     self.drop = layers.Dropout(self.dropout)
@@ -150,11 +150,11 @@ class DecoderBlock(nn.Module):
     self.attention_norm = self.options.make_norm(self.dtype)
     sizes = self.width, self.heads, self.dtype, self.options
     self.attention = attention.PatternedSelfAttention(*sizes)
-    self.attention_out_norm = self.options.make_norm_after(self.dtype)
+    self.attention_out_norm = self.options.make_norm_after_attention(self.dtype)
     if self.options.cross_attention:
       self.cross_norm = self.options.make_norm(self.dtype)
       self.cross_attention = attention.CrossAttention(*sizes)
-      self.cross_out_norm = self.options.make_norm_after(self.dtype)
+      self.cross_out_norm = self.options.make_norm_after_attention(self.dtype)
     self.mlp_norm = self.options.make_norm(self.dtype)
     self.mlp = self.options.make_mlp(self.width, self.mlp_width, self.dtype)
     self.drop = layers.Dropout(self.dropout)
