@@ -28,6 +28,7 @@ from parti_jax.models import config_checks
 from parti_jax.models import generators
 from parti_jax.models import kinds as kinds_lib
 from parti_jax.models import parti_config
+from parti_jax.models.nn import layers
 from parti_jax.partitioning import placing
 
 # The part of the parameters that has adapters (`parti_jax.models.lora`), in the checkpoints of a run that
@@ -235,7 +236,8 @@ def read_params(path: epath.Path, module, inputs, device: jax.Device | None = No
     inputs: example inputs of the module, a sequence of arrays.
     device: the device; None for the first one of this process.
   """
-  boxed = jax.eval_shape(module.init, jax.random.key(0), *inputs)['params']
+  with layers.only_shapes():
+    boxed = jax.eval_shape(module.init, jax.random.key(0), *inputs)['params']
   sharding = jax.sharding.SingleDeviceSharding(device or jax.local_devices()[0])
   return read_parts(
     path,

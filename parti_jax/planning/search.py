@@ -110,7 +110,8 @@ def candidates(request: request_lib.Request) -> list[candidates_lib.Candidate]:
       '--search supports only the generator; plan other models with your own --gin.make_mesh... '
       'values'
     )
-  parameters = layers.count_parameters(jax.eval_shape(config.objective.init, jax.random.key(0)))
+  with layers.only_shapes():
+    parameters = layers.count_parameters(jax.eval_shape(config.objective.init, jax.random.key(0)))
   return candidates_lib.of_training(
     model,
     parameters,

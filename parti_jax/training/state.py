@@ -21,6 +21,7 @@ from jaxtyping import PyTree
 
 from parti_jax.core import errors
 from parti_jax.core import numerics
+from parti_jax.models.nn import layers
 from parti_jax.partitioning import rules as rules_lib
 from parti_jax.training.objectives import base
 
@@ -79,7 +80,8 @@ def initial_average(
     init: the objective's `init`.
     parts: names of the parts; those without parameters are left out.
   """
-  params = nn.meta.unbox(jax.eval_shape(init, jax.random.key(0)))
+  with layers.only_shapes():
+    params = nn.meta.unbox(jax.eval_shape(init, jax.random.key(0)))
   return jax.tree.map(
     lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
     {name: params[name] for name in parts if name in params},
@@ -127,7 +129,8 @@ def abstract_state(
   Raises:
     UserError: if a parameter can't be split evenly over the mesh.
   """
-  boxed = jax.eval_shape(objective.init, numerics.key(0))
+  with layers.only_shapes():
+    boxed = jax.eval_shape(objective.init, numerics.key(0))
   shardings = rules_lib.parameter_shardings(boxed, mesh, rules)
   params = nn.meta.unbox(boxed)
   state = jax.eval_shape(
