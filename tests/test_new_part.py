@@ -28,7 +28,7 @@ from parti_jax.training import train_loop  # noqa: F401
 from parti_jax.training.objectives import frozen_tokenizer
 
 PAGE = pathlib.Path(__file__).parents[1] / 'docs' / 'new_part.md'
-MODULES = ('palette', 'small_parts', 'bag')
+MODULES = ('palette', 'small_parts', 'bag', 'focal')
 KINDS = {'palette', 'words', 'colors', 'repeat', 'bag'}
 COUNT = 12
 # Command -> flags that make it quick.
@@ -45,9 +45,11 @@ def _blocks(language):
 
 @pytest.fixture
 def palette(tmp_path, monkeypatch):
-  """The page's modules, not imported yet, in the working folder."""
+  """The page's modules, not imported yet, and its gin file, in the working folder."""
   for name, code in zip(MODULES, _blocks('python'), strict=True):
     (tmp_path / f'{name}.py').write_text(code)
+  (gin_file,) = _blocks('text')
+  (tmp_path / 'focal.gin').write_text(gin_file)
   monkeypatch.chdir(tmp_path)
   monkeypatch.syspath_prepend(tmp_path)
   yield tmp_path
@@ -128,6 +130,8 @@ def test_the_pages_parts_go_through_all_commands(palette, capsys):
   for folder in ('palette', 'model', 'model_of_words', 'model_of_bags'):
     _run('info', f'runs/{folder}')
     assert '16×16 pixels' in capsys.readouterr().out
+  _run('info', 'runs/focal')
+  assert 'a run of the objective generator (FocalObjective)' in capsys.readouterr().out
 
 
 def _check_ways_of_sampling(model):
