@@ -84,9 +84,11 @@ def entry(kinds: Mapping[str, type], config, unnamed: str | None = None) -> dict
     UserError: if `sizes` would read another config.
   """
   name = config_checks.kind_name(kinds, config)
+  # Every field is written, also one at its default, so that a default may change. Left out are only
+  # Parti's `text_encoder` without one, and the kind `unnamed`, which the first files didn't have.
   values = parti_config.as_dict(config)
   if isinstance(config, parti_config.PartiConfig) and config.text_encoder is None:
-    del values['text_encoder']  # Earlier versions read such models.
+    del values['text_encoder']
   found = ({} if name == unnamed else {'kind': name}) | values
   _check_readable(kinds, config, found)
   return found
