@@ -73,9 +73,10 @@ def confidence(logits: Float32[Array, '*places codebook']) -> Float32[Array, '*p
   return jnp.max(probabilities, axis=-1) - second
 
 
-@flax.struct.dataclass
-class Pass:
+class Pass(flax.struct.PyTreeNode):
   """The result of one pass through the decoder, from which tokens exit at some layer.
+
+  While a pass runs, it is the result of the layers until then.
 
   Attributes:
     x: output of the last layer that each token passed.
@@ -92,19 +93,31 @@ class Pass:
   entries: list[transformer.Entry]
 
 
-class AdaptiveDecoder:
-  """Steps of an image-token decoder that skip layers.
+# Query, key and value of some positions in one layer's self-attention.
+_Projected = tuple[
+  Float[Array, 'batch length heads head_dim'],
+  Float[Array, 'batch length kv_heads head_dim'],
+  Float[Array, 'batch length kv_heads head_dim'],
+]
 
-  A pass computes a single position. If its state has a position for each row, it looks ahead
-  instead, like `Decoder.look_ahead`, at any number of positions.
+
+class AdaptiveDecoder:
+  """Passes of an image-token decoder that skip layers.
+
+  A token that has exited keeps its hidden state, from which the layers that it skips compute their
+  keys and values, so that the caches have no gap for later positions. Once all tokens have exited,
+  nothing else of a layer is computed.
 
   Args:
     config: sizes of the network.
     params: the result of `parameters.for_sampling`.
+    look_ahead: whether a pass looks ahead, like `Decoder.look_ahead`, at any number of positions of
+      each row. Otherwise it decodes a single position, the same in all rows.
   """
 
-  def __init__(self, config: generators.Config, params: dict[str, Any]):
+  def __init__(self, config: generators.Config, params: dict[str, Any], look_ahead: bool = False):
     self._config = config
+    self._look_ahead = look_ahead
     self._layers = params['image_decoder']['decoder']['layers']
     self._apply: Callable[..., Any] = functools.partial(
       generators.decoder(config).apply, {'params': params['image_decoder']}
@@ -132,14 +145,33 @@ class AdaptiveDecoder:
       threshold: the least `confidence` with which a token exits; None disables early exit.
       rows: number of adjacent rows that exit together, when the first of them is confident.
     """
+    done = self._begin(previous, state)
+    exited = jnp.zeros(previous.shape, bool)
+    for layer in range(len(self._layers)):
+      if threshold is not None and layer > 0:
+        exited = exited | self._confident(done.x, exited, threshold, rows)
+      done = self._layer(layer, done, exited, self._project(layer, done.x, state))
+    return self._end(done)
 
-    def exits(layer, x, exited):
-      if threshold is None or layer == 0:
-        return exited
-      sure = lambda x: jnp.repeat(confidence(self.logits(x[::rows])) >= threshold, rows, axis=0)
-      return exited | jax.lax.cond(jnp.all(exited), lambda x: jnp.ones_like(exited), sure, x)
+  def _confident(
+    self,
+    x: Float[Array, 'batch length embed'],
+    exited: Bool[Array, 'batch length'],
+    threshold: Float[ArrayLike, ''],
+    rows: int,
+  ) -> Bool[Array, 'batch length']:
+    """Returns which tokens a layer's output predicts confidently.
 
-    return self._pass(previous, state, exits)
+    Once all tokens have exited, it is True for all and costs nothing.
+
+    Args:
+      x: output of the layer.
+      exited: which tokens have exited before.
+      threshold: an argument of `until_confident`.
+      rows: an argument of `until_confident`.
+    """
+    sure = lambda x: jnp.repeat(confidence(self.logits(x[::rows])) >= threshold, rows, axis=0)
+    return jax.lax.cond(jnp.all(exited), lambda x: jnp.ones_like(exited), sure, x)
 
   def after(
     self,
@@ -157,69 +189,77 @@ class AdaptiveDecoder:
       copied: tokens that skip this pass. Their output is meaningless; the caches get their keys and
         values from the other pass.
     """
-    exits = lambda layer, x, exited: copied | (other.passed <= layer)
-    return self._pass(previous, state, exits, copied, other.entries)
+    done = self._begin(previous, state)
+    for layer in range(len(self._layers)):
+      exited = copied | (other.passed <= layer)
+      project = functools.partial(self._project, layer, state=state)
+      projected = _project_unless(copied, project, done.x, other.entries[layer], self._config.heads)
+      done = self._layer(layer, done, exited, projected)
+    return self._end(done)
 
-  def _pass(
-    self,
-    previous: Int32[Array, 'batch length'],
-    state: transformer.DecoderState,
-    exits: Callable[..., Any],
-    copied: Bool[Array, 'batch length'] | None = None,
-    entries: list[transformer.Entry] | None = None,
-  ) -> Pass:
-    """Runs positions through as many layers as their tokens need.
-
-    A token that has exited keeps its hidden state, from which the layers that it skips compute
-    their keys and values, so that the caches have no gap for later positions. Once all tokens have
-    exited, nothing else of a layer is computed.
+  def _begin(self, previous: Int32[Array, 'batch length'], state: transformer.DecoderState) -> Pass:
+    """Returns the pass before the first layer.
 
     Args:
       previous: the token before each position.
       state: the decoder's state before these positions.
-      exits: maps the number of layers passed, their output, and the tokens that have exited, bool
-        [batch, length], to the tokens that have exited now.
-      copied: tokens that take their keys and values from `entries`; None for none.
-      entries: the field of that name of another pass.
     """
-    position = state.position
+    # A state to look ahead from has a position for each row.
+    assert self._look_ahead == bool(state.position.ndim)
     x = self._apply(previous, state, method='next_inputs')
-    exited = jnp.zeros(previous.shape, bool) if copied is None else copied
-    passed, computed = jnp.zeros(previous.shape, jnp.int32), jnp.int32(0)
-    caches, made = [], []
-    for layer, params in enumerate(self._layers):
-      exited = exits(layer, x, exited)
-      project = functools.partial(
-        self._apply_block, {'params': params}, position=position, method='project'
-      )
-      if copied is None or entries is None:
-        query, key, value = project(x)
+    return Pass(x, state, jnp.zeros(previous.shape, jnp.int32), jnp.int32(0), [])
+
+  def _project(
+    self, layer: int, x: Float[Array, 'batch length embed'], state: transformer.DecoderState
+  ) -> _Projected:
+    """Returns query, key and value of a layer for its input x."""
+    params = {'params': self._layers[layer]}
+    return self._apply_block(params, x, position=state.position, method='project')
+
+  def _layer(
+    self, layer: int, before: Pass, exited: Bool[Array, 'batch length'], projected: _Projected
+  ) -> Pass:
+    """Runs a layer for the tokens that haven't exited.
+
+    Args:
+      layer: index of the layer.
+      before: the pass until this layer.
+      exited: which tokens have exited before this layer.
+      projected: query, key and value of the layer.
+    """
+    params, pattern = {'params': self._layers[layer]}, generators.layer_pattern(self._config, layer)
+    (query, key, value), state = projected, before.state
+    cache, position = state.caches[layer], state.position
+    if not self._look_ahead:
+      # Outside of the branches: a branch that returned the cache would return a copy.
+      cache = attention_cache.write_cache(cache, key, value, position, pattern)
+      caches = [*state.caches[:layer], cache, *state.caches[layer + 1 :]]
+      state = state.replace(caches=caches)
+
+    def decode(x, query, cache, entry):
+      inputs = x, state.texts[layer], state.text_mask, cache, position, pattern, query
+      if self._look_ahead:
+        x = self._apply_block(params, *inputs, entry, method='decode_ahead')
       else:
-        query, key, value = _project_unless(copied, project, x, entries[layer], self._config.heads)
-      pattern = generators.layer_pattern(self._config, layer)
-      cache, entry = state.caches[layer], (key, value)
-      if not position.ndim:
-        # Outside of the branches: a branch that returned the cache would return a copy.
-        cache = attention_cache.write_cache(cache, *entry, position, pattern)
+        x = self._apply_block(params, *inputs, method='decode_from_cache')
+      return x, jnp.int32(1)
 
-      def rest(x, query, cache, entry, layer=layer, params=params, pattern=pattern):
-        inputs = x, state.texts[layer], state.text_mask, cache, position, pattern, query
-        if position.ndim:
-          x = self._apply_block({'params': params}, *inputs, entry, method='decode_ahead')
-        else:
-          x = self._apply_block({'params': params}, *inputs, method='decode_from_cache')
-        return x, jnp.int32(1)
+    skip = lambda x, *_: (x, jnp.int32(0))
+    x, ran = jax.lax.cond(jnp.all(exited), skip, decode, before.x, query, cache, (key, value))
+    return Pass(
+      jnp.where(exited[..., None], before.x, x),
+      state,
+      before.passed + ~exited,
+      before.computed + ran,
+      [*before.entries, (key, value)],
+    )
 
-      after, ran = jax.lax.cond(
-        jnp.all(exited), lambda x, *_: (x, jnp.int32(0)), rest, x, query, cache, entry
-      )
-      x = jnp.where(exited[..., None], x, after)
-      passed, computed = passed + ~exited, computed + ran
-      caches.append(cache)
-      made.append(entry)
-    if not position.ndim:
-      state = decoding.in_cache_layout(state.replace(position=position + 1, caches=caches))
-    return Pass(x, state, passed, computed, made)
+  def _end(self, done: Pass) -> Pass:
+    """Returns the pass after the last layer."""
+    if self._look_ahead:
+      return done
+    state = done.state.replace(position=done.state.position + 1)
+    return done.replace(state=decoding.in_cache_layout(state))
 
 
 def _project_unless(
@@ -228,7 +268,7 @@ def _project_unless(
   x: Float[Array, 'batch length embed'],
   entry: transformer.Entry,
   heads: int,
-):
+) -> _Projected:
   """Returns `project(x)`, but with the key and value of `entry` for the tokens in `copied`."""
   key = entry[0]
   no_query = lambda: jnp.zeros(key.shape[:2] + (heads,) + key.shape[3:], key.dtype)

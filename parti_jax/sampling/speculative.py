@@ -165,7 +165,7 @@ class _Speculation:
     )
     self._adaptive: adaptive.AdaptiveDecoder | None = None
     if sampling.exit_threshold is not None or sampling.skip_threshold is not None:
-      self._adaptive = adaptive.AdaptiveDecoder(config, params)
+      self._adaptive = adaptive.AdaptiveDecoder(config, params, look_ahead=True)
 
   def begin(self, states: tuple[transformer.DecoderState, ...]) -> _Progress:
     """Returns the progress before the first pass.
