@@ -6,6 +6,7 @@ takes longer than sampling a few pictures. `jax.export` writes and reads it, wit
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -96,7 +97,19 @@ def _program(
       start_cache.write(key, bytes(exported.serialize()))
     except Exception:  # noqa: BLE001  # It can't be kept, or the call raises the error too.
       return lambda *leaves: function(*jax.tree.unflatten(structure, leaves), **statics)
-  return jax.jit(exported.call)
+  return jax.jit(_without_lapack(exported).call)
+
+
+def _without_lapack(exported: export.Exported) -> export.Exported:
+  """Returns the program such that a call doesn't load LAPACK, unless the program uses it.
+
+  JAX loads LAPACK for each exported program of CPUs, and with it SciPy's linear algebra, which takes a
+  tenth of a later start. It does not if the program is for no platform that it knows.
+  """
+  if b'lapack_' in exported.mlir_module_serialized:
+    return exported
+  checks = (*exported.disabled_safety_checks, export.DisabledSafetyCheck.platform())
+  return dataclasses.replace(exported, platforms=('any',), disabled_safety_checks=checks)
 
 
 def _read(key: str, leaves: Sequence[Any]) -> export.Exported | None:

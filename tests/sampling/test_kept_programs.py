@@ -208,6 +208,14 @@ def test_a_module_is_kept_if_its_config_determines_it(cache, more):
   assert cache.exists() != more
 
 
+def test_linear_algebra_is_loaded_for_programs_that_use_it():
+  matrix = np.eye(3, dtype=np.float32)
+  of = lambda function: kept_programs.export.export(jax.jit(function))(matrix)
+  solved, added = of(jax.numpy.linalg.cholesky), of(lambda x: x + 1)
+  assert kept_programs._without_lapack(solved) is solved
+  assert 'cpu' not in kept_programs._without_lapack(added).platforms
+
+
 def test_networks_are_read_when_they_are_used(parts, enlarger, tmp_path, monkeypatch):
   folder = model_folder.save(tmp_path / 'model', parts={'super_resolution': enlarger}, **parts)
   opened, read = [], parameter_files.read
@@ -238,7 +246,8 @@ def test_two_starts_of_the_command(tiny_folder, tmp_path):
     'sys.argv[1:1] = ["generate", "red apple", "--num_images=1"]\n'
     'status = main.main()\n'
     'of = lambda name: sum(n for event, n in counts.items() if event.endswith(name))\n'
-    'loaded = {"tensorflow", "orbax.checkpoint", "optax", "tensorstore"} & set(sys.modules)\n'
+    'unused = {"tensorflow", "orbax.checkpoint", "optax", "tensorstore", "scipy.linalg"}\n'
+    'loaded = unused & set(sys.modules)\n'
     'print(status, of("/cache_hits"), of("/cache_misses"), of("jaxpr_trace_duration"), loaded)\n'
   )
   (tmp_path / 'mine.py').write_text('')
