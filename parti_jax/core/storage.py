@@ -19,10 +19,8 @@ import errno
 import glob as local_glob
 import io
 import json
-import logging
 import os
 import pathlib
-import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -300,7 +298,7 @@ def write(path: str | os.PathLike[str], content: bytes | str) -> None:
   path = pathlib.Path(_local(path))
   path.parent.mkdir(parents=True, exist_ok=True)
   # A process id isn't unique across hosts or containers.
-  unfinished = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.unfinished')
+  unfinished = path.with_name(f'.{path.name}.{os.urandom(4).hex()}.unfinished')
   try:
     with open(unfinished, 'wb') as file:
       file.write(content)
@@ -493,6 +491,8 @@ def _file_system(path: str | os.PathLike[str]):
 
 def _configure(protocol: str) -> None:
   """Sets fsspec options that we need, unless the user has set them."""
+  import logging
+
   import fsspec
 
   for scheme in ('s3', 'gcs'):
