@@ -13,12 +13,22 @@ import numpy as np
 
 from parti_jax.models.nn import layers
 
-_CONSTANTS = {'bias': 0.0, 'gain': 1.0, 'log_scale': 2.6, 'scale': 1.0}
+_OF_LPIPS = {f'head_{stage}': 1.0 for stage in range(5)}
+_CONSTANTS = {
+  'bias': 0.0,
+  'gain': 1.0,
+  'log_scale': 2.6,
+  'lora_b': 0.0,
+  'scale': 1.0,
+  'slope': 0.25,
+}
+_CONSTANTS |= _OF_LPIPS
 _STANDARD_DEVIATIONS = {
   'begin': 0.02,
   'class_embedding': 0.1,
   'class_token': 0.02,
   'direction': 1.0,
+  'lora_a': 0.3,
   'mask': 0.02,
   'no_text': 0.1,
   'probe': 0.02,
@@ -75,6 +85,18 @@ def like(abstract, seed=0, factor=1.0):
   return jax.tree_util.tree_map_with_path(draw, abstract, is_leaf=is_box)
 
 
+def of_objective(objective, seed=0):
+  """Draws the parameters of a training objective, JAX arrays without boxes, as `like` does.
+
+  Args:
+    objective: the objective.
+    seed: of the random numbers.
+  """
+  with layers.only_shapes():
+    boxed = jax.eval_shape(objective.init, jax.random.key(0))
+  return jax.device_put(nn.meta.unbox(like(boxed, seed)))
+
+
 def of(module, inputs, seed=0, factor=1.0):
   """Draws the parameters of a module, without boxes, as `like` does; computes nothing else.
 
@@ -84,6 +106,15 @@ def of(module, inputs, seed=0, factor=1.0):
     seed: of the random numbers.
     factor: what all values are multiplied by.
   """
+  return nn.meta.unbox(like(shapes(module, inputs), seed, factor))
+
+
+def shapes(module, inputs):
+  """Returns the shapes and dtypes of a module's parameters, boxed with their logical axis names.
+
+  Args:
+    module: the network.
+    inputs: what it is initialized with.
+  """
   with layers.only_shapes():
-    variables = jax.eval_shape(module.init, jax.random.key(0), *inputs)
-  return nn.meta.unbox(like(variables['params'], seed, factor))
+    return jax.eval_shape(module.init, jax.random.key(0), *inputs)['params']

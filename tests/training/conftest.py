@@ -2,6 +2,7 @@
 
 import json
 
+import first_states
 import numpy as np
 import pytest
 from PIL import Image
@@ -19,6 +20,20 @@ def clean_gin():
   gin_config.parse([], [])
   yield
   gin_config.parse([], [])
+
+
+@pytest.fixture(autouse=True, scope='module')
+def first_states_drawn():
+  """Draws the first parameters of runs by NumPy."""
+  with first_states.creating(first_states.drawn):
+    yield
+
+
+@pytest.fixture
+def initialized():
+  """Has a test's runs begin with the parameters that the objective initializes."""
+  with first_states.initialized():
+    yield
 
 
 def _write_pictures(folder, name, count, seed):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_parameters
 
 from parti_jax.core.errors import UserError
 from parti_jax.models import flops
@@ -38,7 +39,7 @@ BATCH = {
 @pytest.fixture(scope='module')
 def params():
   objective = generator_objective.GeneratorObjective(MODEL)
-  return nn.meta.unbox(jax.jit(objective.init)(jax.random.key(0)))
+  return random_parameters.of_objective(objective)
 
 
 def _first_layers(params, count):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_parameters
 import tiny_configs
 
 from parti_jax.checkpoints import checkpoint_manager
@@ -80,7 +81,7 @@ class _Focal(generator_objective.GeneratorObjective):
 def test_terms_of_the_loss_are_those_of_numpy():
   plain = generator_objective.GeneratorObjective(SIZES, depth_loss_weights=(1, 3))
   objective = _Focal(SIZES, z_loss_weight=0.01, label_smoothing=0.1, depth_loss_weights=(1, 3))
-  params = nn.meta.unbox(jax.jit(objective.init)(jax.random.key(0)))
+  params = random_parameters.of_objective(objective)
   # Logits with a mean and a normalizer far from those of random parameters.
   logits_kernel = params['image_decoder']['logits']['kernel']
   params['image_decoder']['logits']['kernel'] = 3 * logits_kernel

@@ -194,7 +194,7 @@ def test_one_process_of_two_may_read_a_tokenizer(tmp_path, tokenizer_run):
 
 
 def test_four_processes_then_two_train_as_one_does(
-  tmp_path, monkeypatch, start, bindings, tokenizer_run
+  initialized, tmp_path, monkeypatch, start, bindings, tokenizer_run
 ):
   # Four processes. Both processes of a pair hold the same rows, since `tensor` spans them.
   four = start(

@@ -2,13 +2,13 @@
 
 import dataclasses
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import optax
 import pytest
+import random_parameters
 import tiny_configs
 
 from parti_jax.models import parti
@@ -230,7 +230,7 @@ def test_the_tokenizers_pictures_are_pairs(tokenizer):
 
 def test_the_generators_loss_is_the_mean_cross_entropy_of_weighted_tokens():
   objective = generator_objective.GeneratorObjective(GENERATOR)
-  params = nn.meta.unbox(jax.jit(objective.init)(jax.random.key(0)))
+  params = random_parameters.of_objective(objective)
   batch = {
     'encoder_input_tokens': np.array([[3, 4, 1], [5, 1, 0]], np.int32),
     'decoder_target_tokens': np.array([[2, 0], [5, 5]], np.int32),
@@ -261,10 +261,8 @@ def test_the_generators_loss_is_the_mean_cross_entropy_of_weighted_tokens():
 def test_samples_with_a_scale_of_1_need_no_pass_without_text(monkeypatch, scale, rows):
   config = dataclasses.replace(GENERATOR, grid=(2, 2))
   objective = generator_objective.GeneratorObjective(config, tokenizer='run', guidance_scale=scale)
-  params = nn.meta.unbox(
-    jax.jit(vit_vqgan.ViTVQGAN(TOKENIZER).init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
-  )
-  loaded = frozen_tokenizer.FrozenTokenizer('run', TOKENIZER, params['params'])
+  params = random_parameters.of(vit_vqgan.ViTVQGAN(TOKENIZER), vit_vqgan.example_inputs(TOKENIZER))
+  loaded = frozen_tokenizer.FrozenTokenizer('run', TOKENIZER, params)
   monkeypatch.setattr(frozen_tokenizer, 'load_for', lambda *_: loaded)
   found, init_state = [], decoding.init_state
   monkeypatch.setattr(
@@ -275,6 +273,6 @@ def test_samples_with_a_scale_of_1_need_no_pass_without_text(monkeypatch, scale,
   draw, inputs = objective.painter()
   batch = {'encoder_input_tokens': jnp.ones((2, 3), jnp.int32)}
   batch['decoder_target_tokens'] = jnp.zeros((2, 4), jnp.int32)
-  generator_params = nn.meta.unbox(jax.jit(objective.init)(jax.random.key(1)))
+  generator_params = random_parameters.of_objective(objective, seed=1)
   samples = jax.jit(draw)(generator_params, batch, inputs)['samples']
   assert samples.shape == (2, 8, 16, 3) and found == [rows]

@@ -1,10 +1,10 @@
 """The ranker's losses by formula, how it varies pictures, retrieval, and a run from a folder."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_parameters
 import tiny_configs
 
 from parti_jax.core import gin_config
@@ -34,7 +34,7 @@ def _keys(batch=4):
 
 def test_the_loss_is_the_weighted_sum_of_both():
   objective = ranker_objective.RankerObjective(SIZES, contrastive_weight=0.5, caption_weight=3.0)
-  params, batch = nn.meta.unbox(jax.jit(objective.init)(jax.random.key(0))), _batch()
+  params, batch = random_parameters.of_objective(objective), _batch()
   loss, aux = jax.jit(objective.loss)(params, batch, _keys(), 0)
   out = jax.jit(coca.CoCa(SIZES).apply)(
     {'params': params}, batch['images'] / np.float32(255), batch['encoder_input_tokens']
@@ -91,9 +91,7 @@ def test_noise_is_bounded_and_differs_by_picture():
 def fixture_tokenizer(monkeypatch):
   """A tokenizer with random parameters in place of a trained one; its module and parameters."""
   module = vit_vqgan.ViTVQGAN(TOKENIZER)
-  params = nn.meta.unbox(
-    jax.jit(module.init)(jax.random.key(3), *vit_vqgan.example_inputs(TOKENIZER))['params']
-  )
+  params = jax.device_put(random_parameters.of(module, vit_vqgan.example_inputs(TOKENIZER), seed=3))
   monkeypatch.setattr(
     frozen_tokenizer, 'load', lambda path: frozen_tokenizer.FrozenTokenizer(path, TOKENIZER, params)
   )

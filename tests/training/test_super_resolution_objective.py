@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_parameters
 import tiny_configs
 from PIL import Image
 
@@ -38,8 +39,7 @@ NETWORK = super_resolution.SuperResolutionConfig(
 @pytest.fixture(scope='module')
 def tokenizer_params():
   module = vit_vqgan.ViTVQGAN(TOKENIZER)
-  init = jax.jit(lambda: module.init(jax.random.key(0), *vit_vqgan.example_inputs(TOKENIZER)))
-  return nn.meta.unbox(init())['params']
+  return random_parameters.of(module, vit_vqgan.example_inputs(TOKENIZER))
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def make_objective(monkeypatch, tokenizer_params):
 def params():
   """Parameters whose last convolution is no longer zero."""
   objective = super_resolution_objective.SuperResolutionObjective(NETWORK, image_size=16)
-  params = nn.meta.unbox(jax.jit(objective.init)(jax.random.key(0)))
+  params = random_parameters.of_objective(objective)
   tail = params['tail']
   return params | {'tail': tail | {'gain': jnp.full_like(tail['gain'], 0.3)}}
 
@@ -191,9 +191,7 @@ def test_perceptual_and_adversarial_losses_are_added(make_objective, monkeypatch
     r1_weight=4.0,
     discriminator=discriminator,
   )
-  weights = nn.meta.unbox(
-    jax.jit(lambda: lpips.LPIPS().init(jax.random.key(5), *lpips.example_inputs()))()
-  )['params']
+  weights = random_parameters.of(lpips.LPIPS(), lpips.example_inputs(), seed=5)
   monkeypatch.setattr(lpips_files, 'read', lambda vgg16, heads: weights)
   params = nn.meta.unbox(jax.jit(objective.init)(jax.random.key(0)))
   pictures = batch(2)

@@ -3,13 +3,13 @@
 import dataclasses
 import json
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+import random_parameters
 
 from parti_jax.checkpoints import run_checkpoints
 from parti_jax.core import fingerprints
@@ -107,7 +107,7 @@ def _assert_same(ours, theirs):
 
 def test_both_losses_are_the_same_on_a_mesh_of_eight_devices():
   # Masks and dropout as well, and negatives of pairs that lie on other devices.
-  params = nn.meta.unbox(jax.jit(BOTH.init)(jax.random.key(0)))
+  params = random_parameters.of_objective(BOTH)
   found = []
   for sizes in ((1, 1, 1, 1), (4, 1, 2, 1)):
     mesh = mesh_lib.make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
@@ -130,7 +130,7 @@ def test_masked_language_modelling_is_the_same_in_microbatches():
 
 
 def test_the_parts_of_the_loss_by_formula():
-  params = nn.meta.unbox(jax.jit(BOTH.init)(jax.random.key(0)))
+  params = random_parameters.of_objective(BOTH)
   batch = {name: jnp.asarray(value) for name, value in _batch().items()}
   keys = layers.dropout_keys(jax.random.key(2), BATCH)
   loss, aux = jax.jit(BOTH.loss)(params, batch, keys, 0)

@@ -4,11 +4,11 @@ import dataclasses
 import io
 import json
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_parameters
 import tiny_configs
 from PIL import Image
 
@@ -50,10 +50,9 @@ TEXTS = ['a red circle', 'blue', 'the green square', 'a woman and a man with a d
 
 def _save_encoder(folder, seed):
   module = t5_encoder.T5Encoder(T5)
-  init = jax.jit(lambda: module.init(jax.random.key(seed), *t5_encoder.example_inputs(T5)))
   part = model_folder.Part(
     T5,
-    nn.meta.unbox(init())['params'],
+    random_parameters.of(module, t5_encoder.example_inputs(T5), seed),
     vocabulary_path=text_to_image.DEMO_FOLDER / 'vocabulary.model',
   )
   model_folder.save_part(folder, 'text_encoder', part, {})
@@ -69,8 +68,8 @@ def encoder(tmp_path_factory):
 @pytest.fixture(scope='module')
 def tokenizer():
   module = vit_vqgan.ViTVQGAN(TOKENIZER)
-  init = jax.jit(lambda: module.init(jax.random.key(0), *vit_vqgan.example_inputs(TOKENIZER)))
-  return frozen_tokenizer.FrozenTokenizer('run', TOKENIZER, nn.meta.unbox(init())['params'])
+  params = random_parameters.of(module, vit_vqgan.example_inputs(TOKENIZER))
+  return frozen_tokenizer.FrozenTokenizer('run', TOKENIZER, params)
 
 
 @pytest.fixture(scope='module')
@@ -168,7 +167,7 @@ def test_losses_in_float32_differ_by_the_rounding_of_the_features_alone(encoder)
   loaded = frozen_text_encoder.load(encoder)
   texts = frozen_text_encoder.Encoder(loaded, 'float32', devices=jax.devices()[:1])
   plain = _objective(model=dataclasses.replace(_model(NO_DROPOUT), dtype='float32'))
-  params = nn.meta.unbox(plain.init(jax.random.key(0)))
+  params = random_parameters.of_objective(plain)
   params['text_encoder'] = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), loaded.params)
   ids = [loaded.vocabulary.encode(text, T5.text_length)[0] for text in TEXTS]
   batch = {
@@ -192,7 +191,7 @@ def test_the_objective_with_text_features_does_not_run_the_encoder():
   shapes = objective.abstract_batch(2)
   assert shapes['text_features'] == jax.ShapeDtypeStruct((2, 8, 12), jnp.float16)
   assert objective.step_flops(2) < plain.step_flops(2)
-  params = nn.meta.unbox(objective.init(jax.random.key(0)))
+  params = random_parameters.of_objective(objective)
   batch = {name: jnp.ones(leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
   loss = jax.jit(lambda params, batch: objective.loss(params, batch, None, jnp.int32(0))[0])
   nothing = jax.tree.map(lambda leaf: leaf * jnp.nan, params['text_encoder'])

@@ -4,10 +4,9 @@ import io
 import json
 import tarfile
 
-import flax.linen as nn
-import jax
 import numpy as np
 import pytest
+import random_parameters
 import tensorflow as tf
 import tiny_configs
 from PIL import Image
@@ -69,8 +68,7 @@ MAKERS = {'folder': _folder, 'tfrecord': _tfrecord, 'webdataset': _webdataset}
 @pytest.fixture(scope='module')
 def tokenizer_params():
   module = vit_vqgan.ViTVQGAN(TOKENIZER)
-  init = jax.jit(lambda: module.init(jax.random.key(0), *vit_vqgan.example_inputs(TOKENIZER)))
-  return nn.meta.unbox(init())['params']
+  return random_parameters.of(module, vit_vqgan.example_inputs(TOKENIZER))
 
 
 @pytest.fixture

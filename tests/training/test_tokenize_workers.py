@@ -9,12 +9,12 @@ import sys
 import tarfile
 import threading
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import misbehaving_store
 import numpy as np
 import pytest
+import random_parameters
 from PIL import Image
 
 from parti_jax.cli import main
@@ -54,8 +54,8 @@ TARS = (20, 3, 4, 1, 7)
 @pytest.fixture(scope='module', name='tokenizer')
 def _tokenizer():
   module = vit_vqgan.ViTVQGAN(TOKENIZER)
-  init = jax.jit(lambda: module.init(jax.random.key(0), *vit_vqgan.example_inputs(TOKENIZER)))
-  return frozen_tokenizer.FrozenTokenizer('run', TOKENIZER, nn.meta.unbox(init())['params'])
+  params = random_parameters.of(module, vit_vqgan.example_inputs(TOKENIZER))
+  return frozen_tokenizer.FrozenTokenizer('run', TOKENIZER, params)
 
 
 def _jpeg(rng, height=40, width=50):

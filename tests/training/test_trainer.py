@@ -5,12 +5,12 @@ import functools
 import re
 from unittest import mock
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import random_parameters
 import tiny_configs
 
 from parti_jax.core import gin_config
@@ -198,12 +198,8 @@ def test_losses_that_compare_examples_compare_those_of_a_microbatch(name):
       losses.append(loss * objective.weight(part) / objective.weight(batch))
     return sum(losses)
 
-  @jax.jit
-  def totals(key):
-    params = nn.meta.unbox(objective.init(key))
-    return total(params, 1), total(params, 2)
-
-  whole, of_parts = totals(jax.random.key(0))
+  totals = jax.jit(lambda params: (total(params, 1), total(params, 2)))
+  whole, of_parts = totals(random_parameters.of_objective(objective))
   assert (abs(of_parts / whole - 1) > 1e-5) == compares
 
 

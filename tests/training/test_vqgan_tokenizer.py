@@ -4,11 +4,11 @@ import dataclasses
 import functools
 import json
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_parameters
 import tiny_configs
 
 from parti_jax.checkpoints import checkpoint_manager
@@ -85,7 +85,7 @@ def test_training_with_each_quantizer_lowers_the_error(quantizer):
 )
 def test_what_is_over_examples_is_what_microbatches_change(quantizer, entropy_weight, same):
   objective = _objective(_config(quantizer, entropy_weight=entropy_weight))
-  params = nn.meta.unbox(jax.jit(objective.init)(jax.random.key(0)))
+  params = random_parameters.of_objective(objective)
   loss = lambda images: objective.loss(params, {'images': images}, None, jnp.int32(0))[0]
   images = jnp.asarray(_images())
   whole, *halves = jax.jit(lambda images: [loss(images), loss(images[:2]), loss(images[2:])])(
@@ -103,7 +103,7 @@ def test_the_adaptive_weight_is_the_ratio_of_gradients_at_the_last_convolution(o
   objective = dataclasses.replace(
     plain, adversarial_weight=0.5, adversarial_adaptive=True, discriminator=JUDGE
   )
-  params = nn.meta.unbox(jax.jit(objective.init)(jax.random.key(0)))
+  params = random_parameters.of_objective(objective)
   images = jnp.asarray(_images())
 
   def with_last(kernel):
@@ -134,7 +134,7 @@ def test_the_adaptive_weight_is_the_ratio_of_gradients_at_the_last_convolution(o
 def test_pixels_far_outside_of_the_range_still_have_a_gradient():
   config = _config()
   objective = _objective(config, l2_weight=1.0, quantizer_weight=0.0)
-  params = nn.meta.unbox(jax.jit(objective.init)(jax.random.key(0)))
+  params = random_parameters.of_objective(objective)
   params['decoder']['conv_out']['bias'] += 100.0
   gradient = jax.jit(
     jax.grad(
