@@ -64,14 +64,33 @@ class Passes:
     )
 
 
+# A pass, for an image of 12 tokens with a window of 4, of which 5 tokens are accepted. `tokens` has a
+# zero before the first token, so the token of a position is at the place after it (`_place`). a is an
+# accepted token, d a draft, and '.' has no meaning yet.
+#
+#   place       0  1  2  3  4  5  6  7  8  9 10 11 12 13 ... 16
+#   position       0  1  2  3  4  5  6  7  8  9 10 11 12 ... 15
+#   tokens      0  a  a  a  a  a  d  d  d  d  .  .  .  .      .    start = 5
+#                              └────────┘                          what the pass reads
+#                                 └────────┘                       what it computes, and what it checks
+#
+# The pass reads the token before each position of the window. Let it accept the drafts of positions
+# 5 and 6 and replace the one of 7. Then the next window starts at position 8:
+#
+#   tokens      0  a  a  a  a  a  a  a  a  d  d  d  d  .      .    start = 8
+#                                          └────────┘
+#
+# The draft of position 8 is sampled from what the pass has computed for it. Those of 9 to 11 are at
+# new positions, which no pass has computed: `first_new` is 9, where the window of the pass ended.
+# Once all tokens are accepted, a window may start at 12 and end at 15.
 @flax.struct.dataclass
 class _Progress:
   """Carry of the loop.
 
   Attributes:
     tokens: a zero in place of the token before the first, then the accepted tokens, and after them
-      the drafts of the window.
-    start: number of accepted tokens of each image.
+      the drafts of the window; see the drawing above.
+    start: first position of each image's window, which is its number of accepted tokens.
     states: the decoder's states after the accepted tokens.
     proposals: logits of the distributions that the drafts were sampled from; None if the rule needs
       none.
@@ -88,6 +107,11 @@ class _Progress:
   passes: Int32[Array, 'batch']
   computed: Int32[Array, '']
   usage: adaptive.Usage | None
+
+
+def _place(position: Any) -> Any:
+  """Returns the place of a position's token in `_Progress.tokens`."""
+  return position + 1
 
 
 def _read(whole: Array, start: Int32[Array, 'batch'], size: int) -> Array:
@@ -131,9 +155,9 @@ def check_by_ratio(
   drafted = jnp.arange(logits.shape[-1]) == drafts[..., None]
   probability = lambda chances: jnp.sum(jnp.where(drafted, chances, 0.0), axis=-1)
   accepted = _leading(uniform * probability(proposed) < probability(target))
-  place = jnp.minimum(accepted, drafts.shape[1] - 1)[:, None, None]
+  rejected = jnp.minimum(accepted, drafts.shape[1] - 1)[:, None, None]
   target, proposed = (
-    jnp.take_along_axis(chances, place, axis=1)[:, 0] for chances in (target, proposed)
+    jnp.take_along_axis(chances, rejected, axis=1)[:, 0] for chances in (target, proposed)
   )
   rest = jnp.maximum(target - proposed, 0.0)
   # Rounding can leave nothing where both are equal.
@@ -160,6 +184,11 @@ class _Speculation:
     self._keys = keys
     self._sampling = sampling.at_each_position(config.image_length)
     self._window = min(sampling.window, config.image_length)
+    # An image's noise is numbered. There are three kinds, each with a number for every position of a
+    # window, which is less than 2 · image_length: noise to sample the token of a position, which has
+    # the numbers of sequential sampling; to check the draft there; and to replace it.
+    self._first_check_noise = 2 * config.image_length
+    self._first_replacement_noise = 4 * config.image_length
     self._apply: Callable[..., Any] = functools.partial(
       generators.decoder(config).apply, {'params': params['image_decoder']}
     )
@@ -173,21 +202,21 @@ class _Speculation:
     Args:
       states: the result of `adaptive.init_states`.
     """
-    batch, places = len(self._keys), self._config.image_length + self._window
+    batch, positions = len(self._keys), self._config.image_length + self._window
     usage, start = None, jnp.zeros(batch, jnp.int32)
     if self._adaptive is not None:
       usage = adaptive.Usage(
-        jnp.zeros((batch, places), jnp.int32),
-        jnp.zeros((batch, places), bool),
-        jnp.zeros((batch, places, 2), jnp.int32),
+        jnp.zeros((batch, positions), jnp.int32),
+        jnp.zeros((batch, positions), bool),
+        jnp.zeros((batch, positions, 2), jnp.int32),
       )
     # A position for each row.
     states = tuple(
       state.replace(position=jnp.zeros(len(state.text_mask), jnp.int32)) for state in states
     )
-    tokens = jnp.zeros((batch, 1 + places), jnp.int32)
+    tokens = jnp.zeros((batch, _place(positions)), jnp.int32)
     nothing = jnp.zeros((batch, self._window, self._config.codebook_size))
-    tokens, proposals = self._draft(nothing, tokens, start, start)
+    tokens, proposals = self._draft(nothing, tokens, start, first_new=start)
     return _Progress(tokens, start, states, proposals, start, jnp.int32(0), usage)
 
   def unfinished(self, progress: _Progress) -> Bool[Array, '']:
@@ -204,12 +233,12 @@ class _Speculation:
     count = jnp.minimum(accepted + 1, window)
     count = jnp.minimum(count, self._config.image_length - start)  # 0 once an image is finished.
     # Where the window now reaches beyond what was computed, its last distribution is repeated.
-    place = jnp.minimum(jnp.arange(window) + count[:, None], window - 1)
+    source = jnp.minimum(jnp.arange(window) + count[:, None], window - 1)
     tokens, proposals = self._draft(
-      jnp.take_along_axis(logits, place[..., None], axis=1),
-      _write(progress.tokens, decided, start + 1),
+      jnp.take_along_axis(logits, source[..., None], axis=1),
+      _write(progress.tokens, decided, _place(start)),
       start + count,
-      start + window,
+      first_new=start + window,
     )
     return _Progress(
       tokens,
@@ -229,6 +258,7 @@ class _Speculation:
       the window, None unless a threshold is set.
     """
     start, sampling = progress.start, self._sampling
+    # One place before that of the window's first token.
     previous = _read(progress.tokens, start, self._window)
     last = self._config.image_length - 1
     scale = jnp.asarray(sampling.guidance_scale)[jnp.minimum(self._positions(start), last)]
@@ -266,18 +296,18 @@ class _Speculation:
       The number of drafts accepted before the first one that is rejected, and the window's tokens
       up to this one, with its replacement. What follows has no meaning.
     """
-    start, length = progress.start, self._config.image_length
-    drafts = _read(progress.tokens, start + 1, self._window)
+    start = progress.start
+    drafts = _read(progress.tokens, _place(start), self._window)
     if progress.proposals is None:
       tokens = self._sample(logits, start)
       return _leading(tokens == drafts), tokens
-    # Positions of a window are less than 2 * length; noise of other kinds takes later numbers.
     keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(
-      self._keys, 2 * length + self._positions(start)
+      self._keys, self._first_check_noise + self._positions(start)
     )
     uniform = jax.vmap(jax.vmap(jax.random.uniform))(keys)
     accepted, rest = check_by_ratio(logits, progress.proposals, drafts, uniform)
-    noise = decoding.gumbel_noise(self._keys, 4 * length + start + accepted, rest.shape[-1])
+    number = self._first_replacement_noise + start + accepted
+    noise = decoding.gumbel_noise(self._keys, number, rest.shape[-1])
     replacement = jnp.argmax(rest + noise, axis=-1).astype(jnp.int32)
     rejected = jnp.arange(self._window) == accepted[:, None]
     return accepted, jnp.where(rejected, replacement[:, None], drafts)
@@ -287,54 +317,65 @@ class _Speculation:
     proposals: Float32[Array, 'batch window codebook'],
     tokens: Int32[Array, 'batch places'],
     start: Int32[Array, 'batch'],
-    known: Int32[Array, 'batch'],
+    first_new: Int32[Array, 'batch'],
   ) -> tuple[Int32[Array, 'batch places'], Float32[Array, 'batch window codebook'] | None]:
     """Drafts the tokens of a window.
 
     Args:
       proposals: logits of the distributions to sample from; at new positions, the last computed.
       tokens: as in _Progress, with the accepted tokens.
-      start: first position of the window.
-      known: first position of the picture that no pass has computed yet.
+      start: first position of the window to draft, after the accepted tokens.
+      first_new: first position that no pass has computed yet, in the window or just after it.
 
     Returns:
       The tokens with the drafts, and the logits of the distributions that they were sampled from.
     """
-    new = self._positions(start) >= known[:, None]
+    new = self._positions(start) >= first_new[:, None]
     if self._sampling.drafts == 'random':
       proposals = jnp.where(new[..., None], 0.0, proposals)
     drafts = self._sample(proposals, start)
-    tokens = _write(tokens, drafts, start + 1)
+    tokens = _write(tokens, drafts, _place(start))
     if self._sampling.drafts in ('left', 'above'):
-      copied = jnp.take_along_axis(tokens, self._neighbors(start, known) + 1, axis=1)
+      neighbors = self._neighbors(start, first_new)
+      copied = jnp.take_along_axis(tokens, _place(neighbors), axis=1)
       drafts = jnp.where(new, copied, drafts)
       proposals = jnp.where(new[..., None], _only(drafts, proposals.shape[-1]), proposals)
-      tokens = _write(tokens, drafts, start + 1)
+      tokens = _write(tokens, drafts, _place(start))
     by_ratio = self._sampling.rule == 'ratio' and not self._sampling.greedy
     return tokens, proposals if by_ratio else None
 
   def _sample(
     self, logits: Float32[Array, 'batch window codebook'], start: Int32[Array, 'batch']
   ) -> Int32[Array, 'batch window']:
-    """Samples tokens from the softmax of logits, with the noise of sequential sampling."""
+    """Samples the window's tokens from the softmax of logits, with the noise of sequential sampling.
+
+    Args:
+      logits: logits of the window's tokens.
+      start: first position of the window.
+    """
     if not self._sampling.greedy:
       noise = lambda position: decoding.gumbel_noise(self._keys, position, logits.shape[-1])
       logits = logits + jax.vmap(noise, 1, 1)(self._positions(start))
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
   def _positions(self, start: Int32[Array, 'batch']) -> Int32[Array, 'batch window']:
+    """Returns the positions of the window that begins at `start`."""
     return start[:, None] + jnp.arange(self._window)
 
   def _neighbors(
-    self, start: Int32[Array, 'batch'], known: Int32[Array, 'batch']
+    self, start: Int32[Array, 'batch'], first_new: Int32[Array, 'batch']
   ) -> Int32[Array, 'batch window']:
-    """Returns the position before `known` from which each position of the window copies its token.
+    """Returns the position from which each position of the window copies its token, if it is new.
 
-    It is the nearest one in the row of the grid or in the column, or in the other of the two if
-    there is none; before the first position, −1.
+    It is the nearest one before `first_new` in the row of the grid or in the column, or in the other
+    of the two if there is none; before the first position, −1.
+
+    Args:
+      start: first position of the window.
+      first_new: an argument of `_draft`.
     """
     positions, columns = self._positions(start), self._config.grid[1]
-    nearest = known[:, None] - 1
+    nearest = first_new[:, None] - 1
     above = positions - columns * (-(-(positions - nearest) // columns))
     if self._sampling.drafts == 'left':
       return jnp.where(nearest >= positions - positions % columns, nearest, jnp.maximum(above, -1))
@@ -369,4 +410,4 @@ def sample_tokens(
   last = jax.lax.while_loop(speculation.unfinished, speculation.step, speculation.begin(states))
   passes = Passes(last.passes, jnp.broadcast_to(last.computed, last.passes.shape))
   usage = jax.tree.map(lambda part: part[:, :length], last.usage)
-  return last.tokens[:, 1 : 1 + length], passes, usage
+  return last.tokens[:, _place(0) : _place(length)], passes, usage
