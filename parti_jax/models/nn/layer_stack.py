@@ -89,7 +89,11 @@ def parameters(module: nn.Module, block: nn.Module, length: int, *inputs) -> PyT
   def init(key):
     one = lambda key: block.init(key, *inputs)['params']
     with mesh_lib.without_mesh():  # The batch of one example can't be divided among the devices.
-      stacked = jax.vmap(one)(jax.random.split(key, length))
+      if layers.shapes_suffice():  # `jax.vmap` takes longer to trace.
+        shapes = jax.eval_shape(one, key)
+        stacked = jax.tree.map(lambda leaf: jnp.zeros((length, *leaf.shape), leaf.dtype), shapes)
+      else:
+        stacked = jax.vmap(one)(jax.random.split(key, length))
     return nn.meta.add_axis(stacked, 0, {nn.PARTITION_NAME: 'layers'})
 
   return module.param('layers', init)
@@ -100,12 +104,12 @@ class LayerStack:
   """Runs equal layers in sequence, or as a pipeline if the mesh has several stages.
 
   Attributes:
-    layer: computes one layer: (params, place, x, side_inputs, dropout_keys) -> x. `place` is the
-      index of the layer within its period: an int, or an int32 scalar in a pipeline whose visits
-      don't hold whole periods.
+    layer: computes one layer: (params, pattern_index, x, side_inputs, dropout_keys) -> x.
+      `pattern_index` says which of the `period` patterns the layer has. It is an int, or an int32
+      scalar in a pipeline whose visits don't hold whole periods.
     remat: name in REMAT_POLICIES.
     unroll: number of layers that each iteration of the scan computes; at least one period.
-    period: number of layers after which the kinds of layers repeat; it divides the number of layers.
+    period: number of patterns. The layers repeat them in order; it divides the number of layers.
   """
 
   layer: Callable[..., Array]
@@ -150,45 +154,52 @@ class LayerStack:
     return self._pipeline(stacked, x, side_inputs, dropout_keys, schedule)
 
   def _one(self, dropout_keys: layers.DropoutKeys | None) -> Callable[..., Array]:
-    """Returns `layer` as (place, params, index, x, side_inputs, rows) -> x.
+    """Returns `layer` as (pattern_index, params, index, x, side_inputs, rows) -> x.
 
-    The rows of the dropout keys are an argument, because a pipeline splits them like the batch.
+    `index` is the index of the layer among all layers, which gives it its own dropout. The rows of the dropout keys are an argument, because a pipeline splits them like the batch.
     """
 
-    def one(place, params, index, x, side_inputs, rows):
+    def one(pattern_index, params, index, x, side_inputs, rows):
       keys = None if dropout_keys is None else layers.DropoutKeys(dropout_keys.key, rows)
-      return self.layer(params, place, x, side_inputs, layers.fold(keys, index))
+      return self.layer(params, pattern_index, x, side_inputs, layers.fold(keys, index))
 
     return one
 
   def _pipeline(self, stacked, x, side_inputs, dropout_keys, schedule):
     one, rows = self._one(dropout_keys), _rows(dropout_keys)
 
-    def in_visit(params, index, number, *others):
-      whole = schedule.layers_per_visit % self.period == 0
-      return one((number if whole else index) % self.period, params, index, *others)
+    def layer(params, index, index_in_visit, *others):
+      # If visits hold whole periods, both indices lead to the same pattern. The one in the visit is an
+      # int, so that only this pattern is compiled.
+      whole_periods = schedule.layers_per_visit % self.period == 0
+      pattern_index = (index_in_visit if whole_periods else index) % self.period
+      return one(pattern_index, params, index, *others)
 
     return pipeline_parallelism.run(
-      in_visit, lambda visit: remat(visit, self.remat), stacked, x, (side_inputs, rows), schedule
+      layer, lambda visit: remat(visit, self.remat), stacked, x, (side_inputs, rows), schedule
     )
 
   def _scan(self, stacked, x, side_inputs, dropout_keys, all_layers):
     one, rows = self._one(dropout_keys), _rows(dropout_keys)
-    kinds: list[Callable] = [functools.partial(one, place) for place in range(self.period)]
+    # The layers of a period, with one pattern each.
+    period: list[Callable] = [functools.partial(one, pattern) for pattern in range(self.period)]
     if self.remat != 'everything':
-      kinds = [remat(kind, self.remat) for kind in kinds]
+      period = [remat(layer, self.remat) for layer in period]
 
     def scan(x, stacked, indices):
       """Runs some of the layers. Returns x, and the outputs [turns, period, ...] or None."""
 
       def body(x, inputs):
         outputs = []
-        for kind, (params, index) in zip(kinds, _apart(inputs)):
-          x = kind(params, index, x, side_inputs, rows)
+        parts = [inputs] if self.period == 1 else _apart(inputs)
+        for layer, (params, index) in zip(period, parts):
+          x = layer(params, index, x, side_inputs, rows)
           outputs.append(x)
         return x, jnp.stack(outputs) if all_layers else None
 
-      periods = _grouped((stacked, indices), self.period)  # [turns, period, ...]
+      periods = stacked, indices
+      if self.period > 1:  # A reshape for nothing would make XLA on a CPU copy all parameters.
+        periods = _grouped(periods, self.period)  # [turns, period, ...]
       turns = len(indices) // self.period
       unroll = min(max(1, self.unroll // self.period), turns)
       return jax.lax.scan(body, x, periods, unroll=unroll)

@@ -49,6 +49,11 @@ def only_shapes() -> Iterator[None]:
     _only_shapes.reset(token)
 
 
+def shapes_suffice() -> bool:
+  """Returns whether this runs in the body of `only_shapes`."""
+  return _only_shapes.get()
+
+
 def parameter(
   module: nn.Module,
   name: str,
@@ -78,7 +83,7 @@ def parameter(
     if found != tuple(shape):
       raise flax.errors.ScopeParamShapeError(name, '/'.join(module.path), found, shape)
     return value
-  if _only_shapes.get():
+  if shapes_suffice():
     initializer = nn.initializers.zeros
   boxed: Callable = nn.with_logical_partitioning(initializer, axes)
   return module.param(name, boxed, shape)

@@ -47,6 +47,15 @@ def test_applying_a_network_initializes_no_layers(kind, monkeypatch):
     assert jax.eval_shape(network.module(config).apply, variables, *inputs) is not None
 
 
+@pytest.mark.parametrize('kind', NETWORKS)
+def test_shapes_alone_are_those_of_initial_values(kind):
+  name, config = NETWORKS[kind]
+  network = model_folder.NETWORKS[name]
+  init = network.module(config).init
+  initial = jax.eval_shape(init, jax.random.key(0), *network.example_inputs(config))
+  assert model_folder.abstract(name, config) == initial['params']
+
+
 class _Layer(nn.Module):
   @nn.compact
   def __call__(self, x):
