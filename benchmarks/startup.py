@@ -5,7 +5,8 @@
 The first call finds an empty cache of compiled programs, and later ones find all of them there. With
 --against, another version of parti_jax, whose package is in FOLDER, is measured in turn. Of each, the
 fastest round counts: in wall time, and in the processor time of the process, which other programs
-affect less. An unmeasured call before writes Python's bytecode.
+affect less. An unmeasured call before writes Python's bytecode. Both versions must write the same
+files, or the benchmark fails.
 """
 
 import argparse
@@ -52,11 +53,17 @@ def main():
   if args.against:
     versions['the other'] = pathlib.Path(args.against).resolve()
   times: dict[str, dict[str, list]] = {name: {'first': [], 'later': []} for name in versions}
+  files: dict[str, bytes] = {}
   for number in range(args.rounds + 1):
     for name, folder in versions.items():
       with tempfile.TemporaryDirectory() as work:
         for kind in ('first', 'later'):
-          measured = call(folder, os.path.join(work, 'cache'), os.path.join(work, 'pictures'))
+          pictures = pathlib.Path(work, 'pictures')
+          measured = call(folder, os.path.join(work, 'cache'), str(pictures))
+          written = {path.name: path.read_bytes() for path in pictures.iterdir()}
+          files = files or written
+          if written != files:
+            sys.exit(f'{name} writes other files in its {kind} call')
           if number:
             times[name][kind].append(measured)
   fastest = {
