@@ -223,8 +223,8 @@ class Transformer(nn.Module):
     )
     stacked = layer_stack.parameters(self, block, self.num_layers, x[:1])
 
-    def layer(params, place, x, extra, keys):
-      del place, extra, keys  # All layers are alike, and there is no other input.
+    def layer(params, pattern_index, x, extra, keys):
+      del pattern_index, extra, keys  # All layers are alike, and there is no other input.
       return block.apply({'params': params}, x)
 
     if self.is_initializing():

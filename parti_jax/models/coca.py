@@ -223,8 +223,8 @@ class MultimodalDecoder(nn.Module):
       self, self.block, config.multimodal_layers, x[:1], pooled[:1], mask[:1]
     )
 
-    def layer(params, place, x, side_inputs, keys):
-      del place  # All layers are alike.
+    def layer(params, pattern_index, x, side_inputs, keys):
+      del pattern_index  # All layers are alike.
       return self.block.apply({'params': params}, x, *side_inputs, keys)
 
     if not self.is_initializing():

@@ -263,8 +263,8 @@ class Encoder(nn.Module):
       self, self.block, config.layers, x[:1], mask[:1], bias_of(table)
     )
 
-    def layer(params, index, x, mask, keys):
-      del index  # All layers are alike.
+    def layer(params, pattern_index, x, mask, keys):
+      del pattern_index  # All layers are alike.
       params, table = params
       return self.block.apply({'params': params}, x, mask, bias_of(table), keys)
 

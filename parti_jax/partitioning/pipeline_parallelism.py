@@ -200,8 +200,9 @@ def run(
   """Runs a stack of layers as a pipeline; the result is the same as running them in sequence.
 
   Args:
-    layer: (params, index, number, x, *side_inputs) -> x, computes one layer: index, an int32
-      scalar, is its index among all layers, number its index among the layers of the visit.
+    layer: (params, index, index_in_visit, x, *side_inputs) -> x, computes one layer: index, an
+      int32 scalar, is its index among all layers, index_in_visit its index among those of the
+      visit, an int.
     remat: wraps the function of a visit with a rematerialization policy. The policy must not save
       values named VISIT_PARAMETERS, which would copy parameters at each tick.
     stacked: parameters of all layers, in order, split over the stages.
@@ -291,14 +292,15 @@ def _stage(
   units = circular_order(stacked, stage, plan)  # [visits, layers_per_visit, ...]
 
   @remat
-  def visit(units, number, state_x, state_side):
-    for layer_number in range(plan.layers_per_visit):
+  def compute(units, visit, state_x, state_side):
+    """Computes the layers of a visit; returns the microbatch's new x."""
+    for index_in_visit in range(plan.layers_per_visit):
       params = jax.tree.map(
-        lambda leaf, layer_number=layer_number: leaf[number, layer_number], units
+        lambda leaf, index_in_visit=index_in_visit: leaf[visit, index_in_visit], units
       )
       params = checkpoint_name(params, VISIT_PARAMETERS)
-      index = (number * plan.stages + stage) * plan.layers_per_visit + layer_number
-      state_x = layer(params, index, layer_number, state_x, *state_side)
+      index = (visit * plan.stages + stage) * plan.layers_per_visit + index_in_visit
+      state_x = layer(params, index, index_in_visit, state_x, *state_side)
     return state_x
 
   def tick(carry, time):
@@ -308,7 +310,7 @@ def _stage(
     ring, results = jax.lax.cond(phase == 0, start, _unchanged, ring, results)
     exchange = functools.partial(_exchange, plan, stage)
     ring, state = jax.lax.cond(phase < plan.stages, exchange, _unchanged, ring, state)
-    state = state._replace(x=visit(units, plan.work(stage, time).visit, state.x, state.side))
+    state = state._replace(x=compute(units, plan.work(stage, time).visit, state.x, state.side))
     return _Carry(ring, _to_next_stage(plan, state), results), None
 
   empty = jax.tree.map(jnp.zeros_like, _microbatch(x, side, 0))

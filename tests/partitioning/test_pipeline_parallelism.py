@@ -176,8 +176,8 @@ def test_all_microbatches_pass_all_layers_in_order_with_the_expected_bubble(plan
 def test_the_loop_has_as_many_ticks_as_the_schedule():
   turns = []
 
-  def layer(params, index, number, x):
-    del index, number
+  def layer(params, index, index_in_visit, x):
+    del index, index_in_visit
     return x * params
 
   def count(jaxpr):

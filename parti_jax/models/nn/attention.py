@@ -159,7 +159,7 @@ class PatternedSelfAttention(_SelfProjections):
     self,
     x: Float[Array, 'batch length embed'],
     patterns: Sequence[attention_patterns.AttentionPattern],
-    index: int | Int[Array, ''] = 0,
+    pattern_index: int | Int[Array, ''] = 0,
     mask: Bool[Array, 'batch 1 1 prefix'] | None = None,
   ) -> Float[Array, 'batch length embed']:
     """Attends from each position of a whole sequence.
@@ -167,11 +167,11 @@ class PatternedSelfAttention(_SelfProjections):
     Args:
       x: the sequence.
       patterns: the patterns to choose from.
-      index: which pattern to use, as in `dot_product_attention.attend_in_schedule`.
+      pattern_index: which pattern to use, as in `dot_product_attention.attend_in_schedule`.
       mask: with a prefix before the image tokens: True where it may be attended to. None without.
     """
     if mask is not None and mask.shape[-1]:
-      return self._attend_with_prefix(x, patterns, index, mask)
+      return self._attend_with_prefix(x, patterns, pattern_index, mask)
     if all(self._fits(x, pattern) for pattern in patterns):
       head_dim = self.width // self.heads
       forms = [
@@ -179,19 +179,19 @@ class PatternedSelfAttention(_SelfProjections):
         for pattern in patterns
       ]
       return self._project_out_packed(
-        dot_product_attention.call_chosen(forms, index, self._project_packed(x))
+        dot_product_attention.call_chosen(forms, pattern_index, self._project_packed(x))
       )
     query, *shared = self.project(x)
     key, value = (dot_product_attention.for_each_head(part, self.heads) for part in shared)
     return self.project_out(
-      dot_product_attention.attend_in_schedule(query, key, value, patterns, index)
+      dot_product_attention.attend_in_schedule(query, key, value, patterns, pattern_index)
     )
 
   def _attend_with_prefix(
     self,
     x: Float[Array, 'batch length embed'],
     patterns: Sequence[attention_patterns.AttentionPattern],
-    index: int | Int[Array, ''],
+    pattern_index: int | Int[Array, ''],
     mask: Bool[Array, 'batch 1 1 prefix'],
   ) -> Float[Array, 'batch length embed']:
     prefix = mask.shape[-1]
@@ -205,7 +205,7 @@ class PatternedSelfAttention(_SelfProjections):
       functools.partial(dot_product_attention.attend_after_prefix, pattern=pattern)
       for pattern in patterns
     ]
-    after = dot_product_attention.call_chosen(forms, index, query, key, value, mask)
+    after = dot_product_attention.call_chosen(forms, pattern_index, query, key, value, mask)
     attended = checkpoint_name(
       jnp.concatenate([first, after], axis=1), attention_kernel.ATTENTION_OUTPUT
     )

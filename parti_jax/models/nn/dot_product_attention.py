@@ -176,7 +176,7 @@ def attend_in_schedule(
   key: Float[Array, 'batch length heads head_dim'],
   value: Float[Array, 'batch length heads head_dim'],
   patterns: Sequence[attention_patterns.AttentionPattern],
-  index: int | Int[Array, ''],
+  pattern_index: int | Int[Array, ''],
 ) -> Float[Array, 'batch length heads head_dim']:
   """`attend_in_pattern` with one of several patterns.
 
@@ -185,13 +185,13 @@ def attend_in_schedule(
     key: keys.
     value: values.
     patterns: the patterns to choose from.
-    index: which pattern to use. If it is an array, all of them are compiled and one is computed.
+    pattern_index: which pattern to use. If it is an array, all of them are compiled and one is computed.
 
   Returns:
     The attended values, with the checkpoint name ATTENTION_OUTPUT.
   """
   forms = [functools.partial(attend_in_pattern, pattern=pattern) for pattern in patterns]
-  out = call_chosen(forms, index, query, key, value)
+  out = call_chosen(forms, pattern_index, query, key, value)
   return checkpoint_name(out, attention_kernel.ATTENTION_OUTPUT)
 
 

@@ -156,7 +156,8 @@ class LayerStack:
   def _one(self, dropout_keys: layers.DropoutKeys | None) -> Callable[..., Array]:
     """Returns `layer` as (pattern_index, params, index, x, side_inputs, rows) -> x.
 
-    `index` is the index of the layer among all layers, which gives it its own dropout. The rows of the dropout keys are an argument, because a pipeline splits them like the batch.
+    `index` is the layer's index among all layers, which gives it its own dropout. The rows of the
+    dropout keys are an argument, because a pipeline splits them like the batch.
     """
 
     def one(pattern_index, params, index, x, side_inputs, rows):
@@ -169,8 +170,8 @@ class LayerStack:
     one, rows = self._one(dropout_keys), _rows(dropout_keys)
 
     def layer(params, index, index_in_visit, *others):
-      # If visits hold whole periods, both indices lead to the same pattern. The one in the visit is an
-      # int, so that only this pattern is compiled.
+      # If visits hold whole periods, both indices lead to the same pattern. The one in the visit is
+      # an int, so that only this pattern is compiled.
       whole_periods = schedule.layers_per_visit % self.period == 0
       pattern_index = (index_in_visit if whole_periods else index) % self.period
       return one(pattern_index, params, index, *others)

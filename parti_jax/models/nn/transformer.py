@@ -125,9 +125,9 @@ class DecoderState(flax.struct.PyTreeNode):
     """
     caches = [
       attention_cache.write_counted(
-        cache, *entry, self.position, count, patterns[number % len(patterns)]
+        cache, *entry, self.position, count, patterns[index % len(patterns)]
       )
-      for number, (cache, entry) in enumerate(zip(self.caches, entries))
+      for index, (cache, entry) in enumerate(zip(self.caches, entries))
     ]
     return self.replace(position=self.position + count, caches=caches)
 
@@ -165,7 +165,7 @@ class DecoderBlock(nn.Module):
     text: Float[Array, 'batch text_length features'] | TextKeysValues | None,
     text_mask: Bool[Array, 'batch 1 1 text_length'],
     patterns: Sequence[attention_patterns.AttentionPattern],
-    index: int | Int[Array, ''] = 0,
+    pattern_index: int | Int[Array, ''] = 0,
     dropout_keys: layers.DropoutKeys | None = None,
   ) -> Float[Array, 'batch length embed']:
     """Computes a whole sequence.
@@ -176,12 +176,12 @@ class DecoderBlock(nn.Module):
         cross-attention.
       text_mask: True where a text token may be attended to.
       patterns: attention patterns of the image tokens.
-      index: which pattern this block uses.
+      pattern_index: which pattern this block uses.
       dropout_keys: keys of this block; None if dropout is off.
     """
     x = nn.with_logical_constraint(x, layers.ACTIVATION)
     prefix_mask = None if self.options.cross_attention else text_mask
-    attended = self.attention(self.attention_norm(x), patterns, index, prefix_mask)
+    attended = self.attention(self.attention_norm(x), patterns, pattern_index, prefix_mask)
     return self._after_self_attention(x, attended, text, text_mask, dropout_keys)
 
   def decode(
@@ -359,8 +359,8 @@ class Encoder(nn.Module):
     """Encodes sequences; the arguments are those of EncoderBlock, with keys of the whole stack."""
     stacked = layer_stack.parameters(self, self.block, self.num_layers, x[:1])
 
-    def layer(params, place, x, mask, keys):
-      del place  # All layers are alike.
+    def layer(params, pattern_index, x, mask, keys):
+      del pattern_index  # All layers are alike.
       return _apply(self.block, params, x, mask, keys)
 
     if not self.is_initializing():
@@ -433,16 +433,16 @@ class Decoder(nn.Module):
       if dropout_keys is not None or all_layers:
         raise ValueError('dropout_keys and all_layers are for whole sequences, without a state')
       caches = []
-      for number, params in enumerate(self._layers()):  # No scan: the caches differ in size.
+      for index, params in enumerate(self._layers()):  # No scan: the caches differ in size.
         x, cache = _apply(
           self.block,
           params,
           x,
-          state.texts[number],
+          state.texts[index],
           state.text_mask,
-          state.caches[number],
+          state.caches[index],
           state.position,
-          self.patterns[number % len(self.patterns)],
+          self.patterns[index % len(self.patterns)],
           method='decode',
         )
         caches.append(cache)
@@ -452,8 +452,8 @@ class Decoder(nn.Module):
     inputs = x[:1], first, text_mask[:1], self.patterns
     stacked = layer_stack.parameters(self, self.block, self.num_layers, *inputs)
 
-    def layer(params, place, x, text, keys):
-      return _apply(self.block, params, x, *text, self.patterns, place, keys)
+    def layer(params, pattern_index, x, text, keys):
+      return _apply(self.block, params, x, *text, self.patterns, pattern_index, keys)
 
     if not self.is_initializing():
       stack = layer_stack.LayerStack(layer, self.remat, self.unroll, len(self.patterns))
@@ -474,17 +474,17 @@ class Decoder(nn.Module):
       positions in each layer, for `DecoderState.advanced`.
     """
     entries = []
-    for number, params in enumerate(self._layers()):
+    for index, params in enumerate(self._layers()):
       query, *entry = _apply(self.block, params, x, state.position, method='project')
       x = _apply(
         self.block,
         params,
         x,
-        state.texts[number],
+        state.texts[index],
         state.text_mask,
-        state.caches[number],
+        state.caches[index],
         state.position,
-        self.patterns[number % len(self.patterns)],
+        self.patterns[index % len(self.patterns)],
         query,
         tuple(entry),
         method='decode_ahead',
@@ -514,8 +514,8 @@ class Decoder(nn.Module):
       texts = [jax.tree.map(quantization.quantize_vectors, text) for text in texts]
     kv_heads = self.heads if self.options.kv_heads is None else self.options.kv_heads
     caches: list[attention_cache.KeysValues] = []
-    for number in range(self.num_layers):
-      num_slots = self.patterns[number % len(self.patterns)].num_slots(length)
+    for index in range(self.num_layers):
+      num_slots = self.patterns[index % len(self.patterns)].num_slots(length)
       shape = (encoded.shape[0], kv_heads, num_slots, self.width // self.heads)
       empty: Any = _empty_int8(shape) if int8_cache else _zeros(shape, self.dtype)
       caches.append((empty, empty))

@@ -62,7 +62,7 @@ def test_a_pattern_may_be_chosen_by_an_array():
     )
   )
   for index, name in enumerate(names):
-    found = chosen(*_inputs(), index=jnp.int32(index))
+    found = chosen(*_inputs(), pattern_index=jnp.int32(index))
     np.testing.assert_allclose(found, _expected(name)[0], atol=2e-5)
 
 
