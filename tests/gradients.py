@@ -12,5 +12,6 @@ def with_gradients(attend, *inputs):
     places = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
     return jnp.sum(out.astype(jnp.float32) * places), out
 
-  gradients, out = jax.grad(loss, argnums=tuple(range(len(inputs))), has_aux=True)(*inputs)
+  differentiate = jax.jit(jax.grad(loss, argnums=tuple(range(len(inputs))), has_aux=True))
+  gradients, out = differentiate(*inputs)
   return (out, *gradients)

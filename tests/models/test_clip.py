@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_parameters
 
 from parti_jax.core.errors import UserError
 from parti_jax.models import clip
@@ -229,6 +230,6 @@ def test_flops_agree_with_xla():
     config = dataclasses.replace(config, **large)
     module = clip.CLIP(config) if lib is clip else siglip.SigLIP(config)
     inputs = lib.example_inputs(config, 2)
-    variables = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+    variables = {'params': random_parameters.shapes(module, inputs)}
     compiled = jax.jit(module.apply).lower(variables, *inputs).compile()
     assert 2 * forward(config) == pytest.approx(compiled.cost_analysis()['flops'], rel=0.05)

@@ -100,9 +100,7 @@ def test_every_parameter_learns(network):
 def test_coca_base_has_the_papers_parameters():
   gin_config.parse(['gin_configs/models/coca_base.gin'], [])
   sizes = coca.CoCaConfig()
-  params = jax.eval_shape(coca.CoCa(sizes).init, jax.random.key(0), *coca.example_inputs(sizes))[
-    'params'
-  ]
+  params = random_parameters.shapes(coca.CoCa(sizes), coca.example_inputs(sizes))
   # CoCa, table 1: 86M in the image encoder, 297M in the text decoder, 383M in all.
   assert layers.count_parameters(params['image_encoder']) == pytest.approx(86e6, rel=0.01)
   decoder = lambda path: path.startswith(('unimodal', 'multimodal', 'logits'))

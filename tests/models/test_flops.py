@@ -2,6 +2,7 @@
 
 import jax
 import pytest
+import random_parameters
 
 from parti_jax.models import discriminator
 from parti_jax.models import flops
@@ -16,7 +17,7 @@ BATCH = 2
 
 
 def _counted_by_xla(module, inputs):
-  variables = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+  variables = {'params': random_parameters.shapes(module, inputs)}
   compiled = jax.jit(module.apply).lower(variables, *inputs).compile()
   return compiled.cost_analysis()['flops']
 
@@ -110,7 +111,7 @@ def test_the_forward_flops_of_a_kind_are_those_of_images_of_its_size(changes):
   )
   # Before compilation, which takes much longer here.
   module, inputs = vqgan.VQGAN(sizes), jax.eval_shape(lambda: vqgan.example_inputs(sizes, BATCH))
-  variables = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+  variables = {'params': random_parameters.shapes(module, inputs)}
   counted = jax.jit(module.apply).lower(variables, *inputs).cost_analysis()['flops']
   found = image_tokenizers.training(sizes).forward_flops(sizes)
   assert BATCH * found == pytest.approx(counted, rel=0.02)

@@ -71,6 +71,7 @@ def tiny(texts):
   return config, params, weights
 
 
+@functools.cache
 def conditions(texts):
   """For each row of the text tokens: its condition, guidance's other one, and what is visible."""
   config, params, weights = tiny(texts)
@@ -81,7 +82,8 @@ def conditions(texts):
       for number in np.asarray(NUMBERS)[:, 0]
     ]
   module = generators.module(config)
-  features = module.apply({'params': params}, TEXTS, method=lambda m, x: m.text_encoder(x))
+  encode = functools.partial(module.apply, method=lambda m, x: m.text_encoder(x))
+  features = jax.jit(encode)({'params': params}, TEXTS)
   found = []
   for row, text in zip(np.asarray(features), np.asarray(TEXTS)):
     count = int(np.sum(text > 0))
@@ -90,6 +92,11 @@ def conditions(texts):
     made = tiny_llamagen.text_condition(weights, left)
     found.append((made, tiny_llamagen.text_condition(weights, None), visible))
   return found
+
+
+@functools.cache
+def _apply(config):
+  return jax.jit(generators.module(config).apply)
 
 
 def inputs(texts):
@@ -118,14 +125,16 @@ def test_whole_sequences_and_steps_with_a_cache_follow_the_formulas(texts, witho
   if without:
     tokens = generators.empty_text(config, tokens)
   wanted = reference(texts, without)
-  apply = functools.partial(module.apply, {'params': params})
+  apply = jax.jit(functools.partial(module.apply, {'params': params}), static_argnames='method')
   np.testing.assert_allclose(apply(tokens, IMAGES), wanted, atol=1e-4, rtol=1e-4)
   outputs = apply(tokens, IMAGES, method='all_layer_outputs')
   assert outputs.shape == (2, 2, 9, 16)
   np.testing.assert_allclose(apply(outputs[-1], method='logits_from'), wanted, atol=1e-4, rtol=1e-4)
   sampling = parameters.for_sampling(config, params)
   state = generators.module(config).apply({'params': sampling}, tokens, method='encode_text')
-  step = functools.partial(generators.decoder(config).apply, {'params': sampling['image_decoder']})
+  step = jax.jit(
+    functools.partial(generators.decoder(config).apply, {'params': sampling['image_decoder']})
+  )
   for position in range(9):
     previous = IMAGES[:, position - 1 : position] if position else jnp.full((2, 1), 7)
     logits, state = step(previous, state=state)
@@ -189,13 +198,14 @@ def test_an_int8_cache_holds_the_condition_too(texts, read_first_from, monkeypat
   sampling = parameters.for_sampling(config, params)
   module, decoder = generators.module(config), generators.decoder(config)
   encode = functools.partial(module.apply, {'params': sampling}, inputs(texts))
+  apply = jax.jit(decoder.apply)
   found = []
   for int8 in (False, True):
     state = encode(None, int8, method='encode_text')
     logits = []
     for position in range(9):
       previous = IMAGES[:, max(position - 1, 0)][:, None]
-      step, state = decoder.apply({'params': sampling['image_decoder']}, previous, state=state)
+      step, state = apply({'params': sampling['image_decoder']}, previous, state=state)
       logits.append(step)
     found.append(np.concatenate(logits, axis=1))
   difference = np.abs(found[1] - found[0])
@@ -206,21 +216,21 @@ def test_long_sequences_are_attended_to_in_blocks(monkeypatch):
   config, params, _ = tiny(True)
   monkeypatch.setattr(dot_product_attention, '_BLOCKWISE_FROM', 1)
   monkeypatch.setitem(dot_product_attention._BLOCK, 'global', 4)
-  found = generators.module(config).apply({'params': params}, TEXTS, IMAGES)
+  found = jax.jit(generators.module(config).apply)({'params': params}, TEXTS, IMAGES)
   np.testing.assert_allclose(found, reference(True), atol=1e-4, rtol=1e-4)
 
 
 def test_texts_dropped_in_training_see_all_vectors_of_the_condition_without_text():
   config, params, weights = tiny(True)
   empty = jnp.array([[1, 0, 0, 0, 0, 0]] * 2)
-  found = generators.module(config).apply({'params': params}, empty, IMAGES)
+  found = _apply(config)({'params': params}, empty, IMAGES)
   other = tiny_llamagen.text_condition(weights, None)
   wanted = [tiny_llamagen.logits(weights, other, image[:-1]) for image in np.asarray(IMAGES)]
   np.testing.assert_allclose(found, wanted, atol=1e-4, rtol=1e-4)
   for_training = dataclasses.replace(config, guidance_slots='all')
   for tokens in (TEXTS, empty):
     without = generators.empty_text(for_training, tokens)
-    again = generators.module(for_training).apply({'params': params}, without, IMAGES)
+    again = _apply(for_training)({'params': params}, without, IMAGES)
     np.testing.assert_array_equal(again, found)
 
 
@@ -231,8 +241,9 @@ def test_text_features_stand_for_the_text_encoder(texts):
   features = module.apply({'params': params}, tokens, method=lambda m, x: m.text_encoder(x))
   if not texts:
     return  # A class has no text encoder that could run before.
-  found = module.apply({'params': params}, tokens, IMAGES, None, features)
-  np.testing.assert_array_equal(found, module.apply({'params': params}, tokens, IMAGES))
+  apply = _apply(config)
+  found = apply({'params': params}, tokens, IMAGES, None, features)
+  np.testing.assert_array_equal(found, apply({'params': params}, tokens, IMAGES))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ its projections it has 638M. Their widths and depths are the papers', so these c
 
 import jax
 import pytest
+import random_parameters
 
 from parti_jax.core import gin_config
 from parti_jax.models import parti
@@ -25,7 +26,7 @@ def _parti(size):
   sizes = parti_config.PartiConfig()
   module = parti.Parti(sizes)
   inputs = parti.example_inputs(sizes)
-  return sizes, jax.eval_shape(module.init, jax.random.key(0), *inputs)['params']
+  return sizes, random_parameters.shapes(module, inputs)
 
 
 def _vit_vqgan(size):
@@ -33,7 +34,7 @@ def _vit_vqgan(size):
   sizes = vit_vqgan.ViTVQGANConfig()
   module = vit_vqgan.ViTVQGAN(sizes)
   inputs = vit_vqgan.example_inputs(sizes)
-  return sizes, jax.eval_shape(module.init, jax.random.key(0), *inputs)['params']
+  return sizes, random_parameters.shapes(module, inputs)
 
 
 def _is_of_transformer(path):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_parameters
 
 from parti_jax.models import parti
 from parti_jax.models import parti_config
@@ -141,14 +142,17 @@ def test_blocks_with_cudnn_equal_those_without(request):
   text, x = normal(2, 64, 32), normal(2, 64, 32)
   mask = first_keys(3, 64, length=64)
   patterns = (pattern_of('conv'), pattern_of('global'))
-  variables = (
-    encoder.init(jax.random.key(0), text, mask),
-    decoder.init(jax.random.key(1), x, text, mask, patterns),
+  made = jax.eval_shape(
+    lambda key: (encoder.init(key, text, mask), decoder.init(key, x, text, mask, patterns)),
+    jax.random.key(0),
   )
 
   def both(index):
-    encoded = encoder.apply(variables[0], text, mask)
-    return decoder.apply(variables[1], x, encoded, mask, patterns, index)
+    def apply(variables):
+      encoded = encoder.apply(variables[0], text, mask)
+      return decoder.apply(variables[1], x, encoded, mask, patterns, index)
+
+    return jax.jit(apply)(random_parameters.like(made))
 
   plain = [both(0), both(1)]
   calls = request.getfixturevalue('as_on_a_gpu')
