@@ -259,6 +259,20 @@ def gumbel_noise(
   )(keys, jnp.broadcast_to(position, keys.shape))
 
 
+def likeliest(logits: Float32[Array, '*places codebook']) -> Int32[Array, '*places']:
+  """Returns the first token with the largest logit.
+
+  Args:
+    logits: the logits of each token, perhaps with noise; none is NaN.
+  """
+  if mesh_lib.platform() == 'cpu':
+    # XLA computes an argmax number by number, and with it all that leads to its numbers, such as the
+    # logarithms of `gumbel_noise`. A maximum is computed by vectors. On a split codebook it would be
+    # one more exchange between devices.
+    logits = logits == jnp.max(logits, axis=-1, keepdims=True)
+  return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
 def choose(
   logits: Float32[Array, 'batch codebook'],
   keys: Key[Array, 'batch'],
@@ -274,10 +288,9 @@ def choose(
     sampling: how to sample.
   """
   if sampling.greedy:
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return likeliest(logits)
   logits = sampled_logits(logits, sampling)
-  noise = gumbel_noise(keys, position, logits.shape[-1])
-  return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
+  return likeliest(logits + gumbel_noise(keys, position, logits.shape[-1]))
 
 
 def in_cache_layout(state: transformer.DecoderState) -> transformer.DecoderState:

@@ -297,9 +297,8 @@ def choose(
     scaled,
   )
   noise = decoding.gumbel_noise(keys, position, logits.shape[-1])
-  sampled = jnp.argmax(scaled + noise, axis=-1)
-  likeliest = jnp.argmax(logits, axis=-1)
-  return jnp.where(jnp.asarray(requests.greedy), likeliest, sampled).astype(jnp.int32)
+  sampled, likeliest = decoding.likeliest(scaled + noise), decoding.likeliest(logits)
+  return jnp.where(jnp.asarray(requests.greedy), likeliest, sampled)
 
 
 @functools.partial(jax.jit, static_argnames='tokenizer')

@@ -308,7 +308,7 @@ class _Speculation:
     accepted, rest = check_by_ratio(logits, progress.proposals, drafts, uniform)
     number = self._first_replacement_noise + start + accepted
     noise = decoding.gumbel_noise(self._keys, number, rest.shape[-1])
-    replacement = jnp.argmax(rest + noise, axis=-1).astype(jnp.int32)
+    replacement = decoding.likeliest(rest + noise)
     rejected = jnp.arange(self._window) == accepted[:, None]
     return accepted, jnp.where(rejected, replacement[:, None], drafts)
 
@@ -356,7 +356,7 @@ class _Speculation:
     if not self._sampling.greedy:
       noise = lambda position: decoding.gumbel_noise(self._keys, position, logits.shape[-1])
       logits = logits + jax.vmap(noise, 1, 1)(self._positions(start))
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return decoding.likeliest(logits)
 
   def _positions(self, start: Int32[Array, 'batch']) -> Int32[Array, 'batch window']:
     """Returns the positions of the window that begins at `start`."""

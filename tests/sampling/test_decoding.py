@@ -290,6 +290,28 @@ def test_long_sequences_grow_their_cache(monkeypatch, params):
   np.testing.assert_array_equal(draw(params, TEXTS, [0, 1, 2]), whole)
 
 
+@pytest.mark.parametrize('cache, sizes', [('float', {'data': 4, 'tensor': 2}), ('int8', {})])
+def test_growing_caches_of_all_patterns_give_the_same_tokens(tall, monkeypatch, cache, sizes):
+  config, params, texts, _ = tall
+  params = parameters.for_sampling(config, params)
+  sampling = decoding.Sampling(2.0, guided=True, greedy=True, cache=cache)
+
+  @jax.jit
+  def whole(params):
+    keys = decoding.image_keys(0, jnp.arange(len(texts)))
+    return decoding.sample_tokens(config, params, texts, keys, sampling)
+
+  in_segments = jax.jit(whole.__wrapped__)
+  expected = np.asarray(whole(params))
+  monkeypatch.setattr(decoding, '_MIN_SEGMENT', 3)
+  monkeypatch.setattr(decoding, '_MAX_SEGMENTS', 5)
+  assert decoding._segment_ends(config.patterns) == [3, 6, 9, 12, 14]
+  with rules.partitioned(mesh_lib.make_mesh(**sizes), rules.logical_axis_rules()):
+    found = in_segments(params)
+  np.testing.assert_array_equal(found, expected)
+  assert len(np.unique(expected)) > 4
+
+
 def test_segments_cover_every_length():
   pattern = attention_patterns.AttentionPattern
   assert decoding._segment_ends([pattern('global', (8, 8))]) == [64]
@@ -343,6 +365,13 @@ def test_filters_agree_with_sorting():
       before = np.cumsum(mass) - mass
       expected.append(sorted(order[before < top_p * mass.sum()]))
     assert kept(logits, top_k, top_p) == expected
+
+
+def test_the_likeliest_token_is_the_first_with_the_largest_logit():
+  logits = np.random.default_rng(0).normal(size=(2, 3, 7)).astype(np.float32)
+  np.testing.assert_array_equal(decoding.likeliest(jnp.asarray(logits)), logits.argmax(axis=-1))
+  ties = jnp.float32([[-np.inf, 1.0, 1.0], [-np.inf, -np.inf, -np.inf]])
+  assert decoding.likeliest(ties).tolist() == [1, 0]
 
 
 def test_draws_have_the_softmax_of_the_logits():
