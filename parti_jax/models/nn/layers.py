@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import math
 from collections.abc import Callable
 from collections.abc import Iterator
+from typing import Any
 
 import flax.errors
 import flax.linen as nn
@@ -33,7 +33,9 @@ PROJECTION_OUTPUT = 'projection_output'
 ACTIVATION = ('activation_batch', 'activation_length', 'activation_embed')
 
 
-_only_shapes: contextvars.ContextVar[bool] = contextvars.ContextVar('only_shapes', default=False)
+# JAX traces a jitted function again when this changes. Otherwise an `init` that is jitted, or calls such a
+# function, would go on returning zeros.
+_only_shapes: Any = jax.make_user_context(False)
 
 
 @contextlib.contextmanager
@@ -42,16 +44,13 @@ def only_shapes() -> Iterator[None]:
 
   Tracing random initial values takes most of the time of `jax.eval_shape(model.init, ...)`.
   """
-  token = _only_shapes.set(True)
-  try:
+  with _only_shapes(True):
     yield
-  finally:
-    _only_shapes.reset(token)
 
 
 def shapes_suffice() -> bool:
   """Returns whether this runs in the body of `only_shapes`."""
-  return _only_shapes.get()
+  return _only_shapes.value
 
 
 def parameter(

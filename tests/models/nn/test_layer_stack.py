@@ -4,6 +4,7 @@ import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from parti_jax.exported_model import model_folder
@@ -12,6 +13,7 @@ from parti_jax.models import coca
 from parti_jax.models import parti_config
 from parti_jax.models import t5_encoder
 from parti_jax.models.nn import layer_stack
+from parti_jax.models.nn import layers
 
 SIZES = {'width': 8, 'mlp_width': 16, 'heads': 2}
 TEXTS = {'text_vocabulary': 11, 'text_length': 4}
@@ -54,6 +56,17 @@ def test_shapes_alone_are_those_of_initial_values(kind):
   init = network.module(config).init
   initial = jax.eval_shape(init, jax.random.key(0), *network.example_inputs(config))
   assert model_folder.abstract(name, config) == initial['params']
+
+
+def test_a_jitted_init_has_initial_values_after_it_gave_shapes():
+  network, config = model_folder.NETWORKS['text_encoder'], NETWORKS['t5'][1]
+  module, inputs = network.module(config), network.example_inputs(config)
+  init = jax.jit(lambda key: nn.meta.unbox(module.init(key, *inputs)['params']))
+  with layers.only_shapes():
+    shapes = jax.eval_shape(init, jax.random.key(0))
+  initial = init(jax.random.key(0))
+  assert jax.eval_shape(lambda: initial) == shapes
+  assert all(np.any(leaf) for leaf in jax.tree.leaves(initial))
 
 
 class _Layer(nn.Module):
