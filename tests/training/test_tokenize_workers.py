@@ -54,7 +54,7 @@ TARS = (20, 3, 4, 1, 7)
 @pytest.fixture(scope='module', name='tokenizer')
 def _tokenizer():
   module = vit_vqgan.ViTVQGAN(TOKENIZER)
-  params = random_parameters.of(module, vit_vqgan.example_inputs(TOKENIZER))
+  params = jax.device_put(random_parameters.of(module, vit_vqgan.example_inputs(TOKENIZER)))
   return frozen_tokenizer.FrozenTokenizer('run', TOKENIZER, params)
 
 
