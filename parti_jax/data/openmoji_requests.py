@@ -3,14 +3,15 @@
 "please draw a shiny wooden spoon on the kitchen table in the morning" asks for the same picture as
 "spoon". The words around the name come from lists: how a request begins, whose thing it is, what it
 is like and made of, where and when it is, what it is for. They leave the picture as it is, so they
-state no number above one, no place next to another thing, and no color but that of the picture.
+state no number above one, and no color but that of the picture.
 
 A share of the words distracts: they occur in the names of other pictures ("a smiling spoon", "a
-birthday spoon"), or are such names ("the cook's spoon", "a spoon for the cat"). The request still asks
-for the noun that these words describe. The lists of `phrases` contain no name of a picture.
+birthday spoon"), or are such names ("the cook's spoon", "a spoon for the cat", "a spoon next to a
+lamp"). The request still asks for the noun that these words describe, and that alone. The lists of
+`phrases` contain no name of a picture.
 
 So that a model also ignores words that it has never read, the longest lists have thousands of words
-(the folder request_words), and some words are invented ("a drovish spoon from Malquen").
+(the folder request_words), and some words are invented ("a drovish spoon from malquen").
 
 This module doesn't import TensorFlow.
 """
@@ -229,9 +230,13 @@ CLAUSES = _entries(
 CLOSINGS = ('please', 'thanks', 'thank you', 'if you can', 'nothing else', 'in good quality')
 
 
+# Words before which "an" is said, of those in the lists.
+_TAKES_AN = re.compile(r'(?!u(?:k|ni|se|ti)|eu|one\b)[aeiou]|heir|hour')
+
+
 def _with_a(text: str, noun: str) -> str:
   """Returns a text with the noun at its '{}'; 'a' before it becomes 'an' where needed."""
-  if noun[0] in 'aeiou':
+  if _TAKES_AN.match(noun):
     text = re.sub(r'\ba \{', 'an {', text)
   return text.format(noun)
 
@@ -258,6 +263,7 @@ _ONSETS = _entries(
 _VOWELS = _entries('a|e|i|o|u|ai|ea|ee|oo|ou')
 _CODAS = _entries('||||b|ck|d|g|l|ll|m|n|nd|ng|nk|p|r|rd|rn|s|sh|st|t|x')
 _SUFFIXES = _entries('y|y|ed|ing|ish|ful|ous|al|ic|some|ly|less|en')
+_COLORS = frozenset((*openmoji_colors.COLORS, 'grey', 'purple', 'black', 'white'))
 
 # Where words come from: a list of entries, or a function that makes one.
 _Source = Sequence[str] | Callable[[np.random.Generator], str]
@@ -273,22 +279,24 @@ def _draw(sources: Sequence[_Source], rng: np.random.Generator) -> str:
 
 
 def _invented_name(rng: np.random.Generator) -> str:
-  """Returns a word of two or three syllables that means nothing."""
+  """Returns a word of two or three syllables that means nothing, except by chance. It is no color."""
   syllables = 2 + int(rng.random() * 2)
-  return ''.join(
+  word = ''.join(
     _pick(_ONSETS, rng)
     + _pick(_VOWELS, rng)
     + (_pick(_CODAS, rng) if last or rng.random() < 0.3 else '')
     for last in [False] * (syllables - 1) + [True]
   )
+  return _invented_name(rng) if word in _COLORS else word
 
 
 def _invented_adjective(rng: np.random.Generator) -> str:
-  """Returns a word that means nothing, with the suffix of an adjective."""
+  """Returns a word like `_invented_name`, with the suffix of an adjective."""
   stem = _pick(_ONSETS, rng) + _pick(_VOWELS, rng) + _pick(_CODAS, rng)
   if rng.random() < 0.5:
     stem += _pick(_ONSETS, rng) + _pick(_VOWELS[:5], rng) + _pick(_CODAS[4:], rng)
-  return stem + _pick(_SUFFIXES, rng)
+  word = stem + _pick(_SUFFIXES, rng)
+  return _invented_adjective(rng) if word in _COLORS else word
 
 
 _NOUNS: tuple[_Source, ...] = (OTHERS, OTHERS, OTHERS, NOUNS, _invented_name)
@@ -424,7 +432,7 @@ def _article(core: Core, qualities: list[str], rng: np.random.Generator) -> str:
     return ''
   if not qualities or core.article == 'the':
     return core.article
-  return 'an' if qualities[0][0] in 'aeiou' and qualities[0] not in ('used', 'european') else 'a'
+  return 'an' if _TAKES_AN.match(qualities[0]) else 'a'
 
 
 def _words_after(core: Core, rng: np.random.Generator) -> list[str]:

@@ -55,9 +55,28 @@ def test_the_words_state_nothing_that_other_captions_mean():
     + openmoji_requests.OTHERS
     + openmoji_requests.APPOSITIONS
   )
-  texts = (*openmoji_requests.phrases(), *distracting)
+  listed = (
+    openmoji_requests.ADJECTIVES
+    + openmoji_requests.NOUNS
+    + openmoji_requests.PROPER_NAMES
+    + openmoji_requests.ENDINGS
+  )
+  texts = (*openmoji_requests.phrases(), *distracting, *listed)
   words = {word for text in texts for word in openmoji_requests.words(text)}
   assert not words & set(meant.split())
+
+
+def test_articles_are_right():
+  core = openmoji_requests.Core('spoon', 'a', True)
+  texts = ' | '.join(
+    openmoji_requests.request(core, np.random.default_rng(seed), lambda words: False) or ''
+    for seed in range(4000)
+  )
+  for right in ('a one-', 'a used', 'an a', 'an um', 'a h'):
+    assert re.search(rf'\b{right}', texts), right
+  assert not re.findall(
+    r'\b(?:an (?:[^aeiouh]|one-|uni|use)|a (?:[ai]|e[^u]|hour|um))[a-z-]*', texts
+  )
 
 
 def test_words_of_other_names_distract():
