@@ -213,9 +213,7 @@ def _announce(training: _Training, warnings: Sequence[str]) -> None:
   for line in warnings:
     say(f'warning: {line}')
   for name in gin_config.unused(base.Objective):
-    say(
-      f"warning: --gin.{name} has no effect: the run's objective is a {config.objective.gin_name}"
-    )
+    say(f"warning: --gin.{name} has no effect: the run's objective is {config.objective.gin_name}")
   if held_out.draws and held_out.num_pictures < config.num_pictures:
     say(
       f'pictures show {held_out.num_pictures} examples, all that '

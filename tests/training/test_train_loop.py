@@ -243,7 +243,7 @@ def test_settings_that_a_run_does_not_follow_are_named(tmp_path, capsys, tokeniz
     'pictures show 11 examples, all that validation has, and not train.num_pictures=40' in shown
   )
   assert shown.count('has no effect') == 1
-  why = "the run's objective is a TokenizerObjective"
+  why = "the run's objective is TokenizerObjective"
   assert f'warning: --gin.GeneratorObjective.ema has no effect: {why}' in shown
   with Image.open(tmp_path / 'pictures' / 'reconstructions_00000001.png') as image:
     assert image.size == (3 * 32, 4 * 16)
