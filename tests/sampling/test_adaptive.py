@@ -2,11 +2,11 @@
 
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_parameters
 
 from parti_jax.models import parti
 from parti_jax.models import parti_config
@@ -38,9 +38,8 @@ SCALE = 2.0
 
 @pytest.fixture(scope='module')
 def params():
-  init = functools.partial(parti.Parti(CONFIG).init, jax.random.key(0))
-  params = nn.meta.unbox(jax.jit(init)(*parti.example_inputs(CONFIG)))['params']
-  return jax.tree.map(lambda leaf: leaf * 3.0, params)
+  inputs = parti.example_inputs(CONFIG)
+  return jax.device_put(random_parameters.of(parti.Parti(CONFIG), inputs, seed=1, factor=3.0))
 
 
 def _draw(params, exit_threshold, skip_threshold):

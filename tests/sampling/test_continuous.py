@@ -5,11 +5,11 @@ import dataclasses
 import functools
 import threading
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_parameters
 import tiny_configs
 
 import parti_jax
@@ -37,10 +37,8 @@ JOINS = [
 ]
 
 
-def random_params(network, inputs):
-  """Parameters large enough for texts and tokens to matter."""
-  init = jax.jit(functools.partial(network.init, jax.random.key(0)))
-  return jax.tree.map(lambda leaf: 2.0 * leaf, nn.meta.unbox(init(*inputs))['params'])
+# Parameters large enough for texts and tokens to matter.
+random_params = functools.partial(random_parameters.of, factor=2.0)
 
 
 @pytest.fixture(scope='module')

@@ -3,11 +3,11 @@
 import dataclasses
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_parameters
 
 import parti_jax
 from parti_jax.exported_model import model_folder
@@ -54,9 +54,8 @@ PREVIOUS = jnp.pad(IMAGES[:, :-1], ((0, 0), (1, 0)))
 @functools.cache
 def params(config=CONFIG):
   """Parameters large enough for texts and tokens to matter."""
-  init = functools.partial(parti.Parti(config).init, jax.random.key(0))
-  stacked = nn.meta.unbox(jax.jit(init)(*parti.example_inputs(config)))['params']
-  return jax.tree.map(lambda leaf: 1.5 * leaf, stacked)
+  inputs = parti.example_inputs(config)
+  return jax.device_put(random_parameters.of(parti.Parti(config), inputs, factor=1.5))
 
 
 @functools.cache
@@ -221,14 +220,13 @@ def folder(parts, tmp_path_factory):
     grid=(3, 3),
   )
   tokenizer = dataclasses.replace(parts['tokenizer_config'], image_size=12)
-  variables = jax.jit(vit_vqgan.ViTVQGAN(tokenizer).init)(
-    jax.random.key(0), *vit_vqgan.example_inputs(tokenizer)
-  )
   changed = parts | {
     'generator_config': config,
     'generator_params': params(config),
     'tokenizer_config': tokenizer,
-    'tokenizer_params': nn.meta.unbox(variables)['params'],
+    'tokenizer_params': random_parameters.of(
+      vit_vqgan.ViTVQGAN(tokenizer), vit_vqgan.example_inputs(tokenizer)
+    ),
   }
   return model_folder.save(
     tmp_path_factory.mktemp('models') / 'options', dtype='float32', **changed

@@ -4,11 +4,11 @@ import dataclasses
 import functools
 import itertools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_parameters
 import scipy.stats
 
 from parti_jax.models import parti
@@ -48,9 +48,9 @@ TEXTS = np.array([[4, 7, 1, 0, 0], [3, 1, 0, 0, 0], [9, 9, 8, 5, 1], [2, 6, 1, 0
 @functools.cache
 def params_of(config):
   """Parameters large enough for texts and tokens to matter; of TOY, for many pictures to be likely."""
-  init = functools.partial(parti.Parti(config).init, jax.random.key(0))
-  params = nn.meta.unbox(jax.jit(init)(*parti.example_inputs(config)))['params']
-  return jax.tree.map(lambda leaf: leaf * (1.5 if config == TOY else 2.0), params)
+  factor = 1.5 if config == TOY else 2.0
+  inputs = parti.example_inputs(config)
+  return jax.device_put(random_parameters.of(parti.Parti(config), inputs, factor=factor))
 
 
 def drawing(config, sample_tokens):
