@@ -7,6 +7,7 @@ ask for the fixture that restores it.
 """
 
 import contextlib
+import functools
 
 import flax.linen as nn
 import jax
@@ -42,13 +43,7 @@ def drawn(objective, optimizer, seed, abstract, mesh, rules):
     boxed = jax.eval_shape(objective.init, jax.random.key(0))
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   params = jax.device_put(nn.meta.unbox(random_parameters.like(boxed, seed)), shardings.params)
-
-  def create(params):
-    statistics = objective.initial_statistics()
-    if 'average' in statistics:
-      statistics = statistics | {'average': {name: params[name] for name in statistics['average']}}
-    return state_lib._first_state(params, optimizer, statistics)
-
+  create = functools.partial(state_lib.first_state, objective, optimizer)
   with rules_lib.partitioned(mesh, rules):
     return jax.jit(create, out_shardings=shardings)(params)
 

@@ -133,9 +133,7 @@ def abstract_state(
     boxed = jax.eval_shape(objective.init, numerics.key(0))
   shardings = rules_lib.parameter_shardings(boxed, mesh, rules)
   params = nn.meta.unbox(boxed)
-  state = jax.eval_shape(
-    lambda params: _first_state(params, optimizer, objective.initial_statistics()), params
-  )
+  state = jax.eval_shape(lambda params: first_state(objective, optimizer, params), params)
   state_shardings = state.replace(
     step=NamedSharding(mesh, PartitionSpec()),
     params=shardings,
@@ -176,19 +174,19 @@ def create_state(
   """
 
   def create() -> TrainState:
-    params = nn.meta.unbox(objective.init(numerics.key(seed)))
-    statistics = objective.initial_statistics()
-    if 'average' in statistics:  # It is used if the first steps aren't applied.
-      statistics = statistics | {'average': {name: params[name] for name in statistics['average']}}
-    return _first_state(params, optimizer, statistics)
+    return first_state(objective, optimizer, nn.meta.unbox(objective.init(numerics.key(seed))))
 
   with rules_lib.partitioned(mesh, rules):
     return jax.jit(create, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
 
 
-def _first_state(
-  params: base.Params, optimizer: optax.GradientTransformation, statistics: base.Statistics
+def first_state(
+  objective: base.Objective, optimizer: optax.GradientTransformation, params: base.Params
 ) -> TrainState:
+  """Returns the state before the first step, with these parameters."""
+  statistics = objective.initial_statistics()
+  if 'average' in statistics:  # It is used if the first steps aren't applied.
+    statistics = statistics | {'average': {name: params[name] for name in statistics['average']}}
   return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), statistics)
 
 
