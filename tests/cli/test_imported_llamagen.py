@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_parameters
 import safetensors.numpy
 import tiny_llamagen
 from PIL import Image
@@ -71,8 +72,7 @@ def fixture_sources(tmp_path_factory):
     dtype='float32',
   )
   module = t5_encoder.T5Encoder(encoder)
-  made = module.init(jax.random.key(0), *t5_encoder.example_inputs(encoder))['params']
-  made = jax.tree.map(lambda leaf: 3 * leaf, made)
+  made = random_parameters.of(module, t5_encoder.example_inputs(encoder), factor=3.0)
   part = model_folder.Part(encoder, made, vocabulary_path=VOCABULARY)
   model_folder.save_part(folder / 't5', 'text_encoder', part, {'text_encoder': {'format': 't5'}})
   lines = [f'n0000000{number} {name}' for number, name in enumerate(NAMES)]

@@ -4,10 +4,10 @@ import dataclasses
 import functools
 import json
 
-import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+import random_parameters
 import tiny_configs
 import tiny_dalle_mini
 from PIL import Image
@@ -47,11 +47,6 @@ PARTI = parti_config.PartiConfig(
 )
 
 
-def _random(module, inputs, seed):
-  init = jax.jit(functools.partial(module.init, jax.random.key(seed)))
-  return jax.tree.map(np.asarray, nn.meta.unbox(init(*inputs))['params'])
-
-
 @pytest.fixture(scope='module')
 def pictures(tmp_path_factory):
   """Eight pictures of colored squares, and their captions."""
@@ -70,13 +65,15 @@ def models(tmp_path_factory):
   """Folders of a Parti that was not trained, and of a DALL·E mini that was imported."""
   folder = tmp_path_factory.mktemp('models')
   inputs = image_tokenizers.example_inputs(TOKENIZER)
-  params = _random(image_tokenizers.module(TOKENIZER), inputs, 1)
+  params = random_parameters.of(image_tokenizers.module(TOKENIZER), inputs, 1)
   path = folder / 'vocabulary.model'
   vocabulary.train_vocabulary(CAPTIONS, 24, str(path), model_type='bpe', at_most=True)
   parti = model_folder.save(
     folder / 'parti',
     generator_config=PARTI,
-    generator_params=_random(generators.module(PARTI), generators.example_inputs(PARTI), 0),
+    generator_params=random_parameters.of(
+      generators.module(PARTI), generators.example_inputs(PARTI), 0
+    ),
     tokenizer_config=TOKENIZER,
     tokenizer_params=params,
     vocabulary_path=path,

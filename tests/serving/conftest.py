@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+import random_parameters
 import tiny_configs
 
 import parti_jax
@@ -21,10 +22,7 @@ from parti_jax.sampling import continuous
 from parti_jax.serving import image_requests
 from parti_jax.serving import image_service
 
-
-def random_params(network, inputs):
-  init = jax.jit(functools.partial(network.init, jax.random.key(0)))
-  return jax.tree.map(lambda leaf: 2.0 * leaf, nn.meta.unbox(init(*inputs))['params'])
+random_params = functools.partial(random_parameters.of, factor=2.0)
 
 
 @pytest.fixture(scope='session')
