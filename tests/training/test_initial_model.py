@@ -104,6 +104,7 @@ def test_an_objective_may_take_parts_from_elsewhere(tmp_path):
   assert all(np.all(leaf == 1) for leaf in jax.tree.leaves(begun['text_encoder']))
   random = jax.device_get(trainer.create_state().params['image_decoder'])
   jax.tree.map(np.testing.assert_array_equal, begun['image_decoder'], random)
+  assert np.std(random['logits']['kernel']) > 0
   run.save()
   run.close()
   # Another class of the same name and sizes may go on.
