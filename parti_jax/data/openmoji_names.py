@@ -176,9 +176,8 @@ def _request(picture: openmoji.Picture, rng: np.random.Generator) -> str | None:
     color = (
       '' if re.search(rf'\b(?:{_COLORS})\b', name) else openmoji_colors.main_color(picture.code)
     )
-    core = openmoji_requests.Core(
-      name, phrase.removesuffix(name).strip(), takes_words=name[0].islower(), color=color
-    )
+    article = phrase.removesuffix(name).strip()
+    core = openmoji_requests.Core(name, article, name[0].islower(), color, picture.name)
   elif len(picture.tones) > 1:
     text = f'{phrase} with {" and ".join(picture.tones)}'
     core = openmoji_requests.Core(text, '', takes_words=False)

@@ -253,7 +253,8 @@ ENDINGS = _listed('endings')
 _STATES_EXPRESSION = re.compile(
   r'\b(?:smil|laugh|grin|wink|cry|cries|tear|weep|frown|pout|yawn|blush|shout|scream|kiss|sleep|asleep|'
   r'nap|snor|dream|angry|angrily|anger|rage|sad|happy|happi|joy|fear|afraid|scared|surpris|shock|'
-  r'worr|confus|sick|tired|mouth|tongue|eye|face|nose|love)'
+  r'worr|confus|sick|tired|mouth|tongue|eye|face|nose|love|halo|monocle|glasses|hat|melt|sneez|'
+  r'whisper|explod|bored|grumpy|lost in thought|upside|shiver|sweat|frozen|bubbles)'
 )
 
 _ONSETS = _entries(
@@ -357,12 +358,19 @@ class Core:
     article: 'a', 'an', 'the' or '' before the text as it is.
     takes_words: whether an owner, a quality or a material may stand before the text.
     color: the picture's main color, such as 'yellow', or ''.
+    picture_name: the picture's usual name, if the text is another one: 'smiling face' for 'relaxed'.
   """
 
   text: str
   article: str
   takes_words: bool
   color: str = ''
+  picture_name: str = ''
+
+  @property
+  def expressive(self) -> bool:
+    """Whether the picture has an expression, which other words would contradict."""
+    return bool(_HAS_EXPRESSION.search(self.text) or _HAS_EXPRESSION.search(self.picture_name))
 
 
 def words(text: str) -> list[str]:
@@ -411,7 +419,7 @@ def _qualities(core: Core, rng: np.random.Generator) -> list[str]:
   """Draws up to four words that stand before a name."""
   draw = rng.random()
   count = 0 if draw < 0.3 else 1 if draw < 0.8 else 2
-  expressive = _HAS_EXPRESSION.search(core.text)
+  expressive = core.expressive
   kinds = _OF_EXPRESSIVE if expressive else _BEFORE
   found = [_draw(kinds, rng) for _ in range(count)]
   if core.color and rng.random() < 0.25:
@@ -439,7 +447,7 @@ def _words_after(core: Core, rng: np.random.Generator) -> list[str]:
   """Draws the words after a name: none, or those of one or two sources."""
   draw = rng.random()
   count = 0 if draw < 0.2 else 1 if draw < 0.7 else 2
-  sources = _AFTER_EXPRESSIVE if _HAS_EXPRESSION.search(core.text) else _AFTER
+  sources = _AFTER_EXPRESSIVE if core.expressive else _AFTER
   found = {int(rng.random() * len(sources)) for _ in range(count)}
   return [_draw([sources[index]], rng) for index in sorted(found)]
 
